@@ -202,9 +202,11 @@ class ControlState:
                 return self._transitions.begin(self._owners.rebalancing.answered(self.facts, event, now), now)
             case PlaceRequested():
                 self._require_idle()
+                self._require_no_scaling()
                 return self._transitions.begin(self._owners.rebalancing.place(self.facts, event), now)
             case RebalanceRequested():
                 self._require_idle()
+                self._require_no_scaling()
                 commands = self._transitions.give_way("a planner was asked for", now)
                 return commands + self._owners.rebalancing.requested(self.facts, event, now)
             case ScaleRequested():
@@ -213,6 +215,12 @@ class ControlState:
                 if not (self.facts.rests and not self.facts.target):
                     self._require_idle(unless_own=True)
                 return self._owners.scaling.requested(self.facts, event, now)
+
+    def _require_no_scaling(self) -> None:
+        """Raises ConflictError while a scaling waits for its workers: when they come, they would end a re-placement."""
+        scaling = self.operations.find_open(OperationKind.SCALE)
+        if scaling is not None:
+            raise self.operations.conflict(scaling.operation_id)
 
     def _require_idle(self, *, unless_own: bool = False) -> None:
         """Raises ConflictError while something is under way that does not give way, and NotReadyError where nothing is

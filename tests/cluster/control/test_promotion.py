@@ -124,14 +124,20 @@ def promoting(**settings: float) -> Simulation:
 def test_a_promotion_gives_way_to_whatever_is_asked_for() -> None:
     sim = promoting()
     promotion = newest(sim).operation_id
-    sim.feed(ScaleRequested(workers=2))
-    assert sim.facts.target == 2
     sim.feed(RebalanceRequested(planner="auto"))
     operation = sim.state.operations.get(promotion)
     assert operation is not None
     assert (operation.phase, operation.error) == (Phase.FAILED, "it gave way: a planner was asked for")
     assert sent(sim, Abandon)
     assert sent(sim, Solve)
+    sim.settle()
+    assert share(sim) == 1.0
+
+
+def test_a_scaling_is_taken_beside_a_promotion() -> None:
+    sim = promoting()
+    sim.feed(ScaleRequested(workers=2))
+    assert sim.facts.target == 2
     sim.settle()
     assert (share(sim), len(sim.facts.ranks)) == (1.0, 2)
 

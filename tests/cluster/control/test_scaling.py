@@ -16,7 +16,15 @@ from elastic_moe.cluster.control.scaling import (
 from elastic_moe.cluster.control.state import ControlState
 from elastic_moe.cluster.decisions.autoscaling import Sample
 from elastic_moe.cluster.errors import ConflictError, PlacementError
-from elastic_moe.cluster.facts.events import LoadSeen, Reconfigured, ScaleRequested, Tick, WorkerLost
+from elastic_moe.cluster.facts.events import (
+    LoadSeen,
+    PlaceRequested,
+    RebalanceRequested,
+    Reconfigured,
+    ScaleRequested,
+    Tick,
+    WorkerLost,
+)
 from elastic_moe.cluster.facts.facts import ControlSettings
 from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.views import Phase, WorkerState
@@ -95,6 +103,17 @@ def test_a_waiting_scaling_is_replaced_only_if_the_new_one_says_so() -> None:
     assert first is not None
     assert (first.phase, first.error) == (Phase.FAILED, "replaced by another request")
     assert len(sim.facts.ranks) == 2
+
+
+def test_a_re_placement_that_a_waiting_scaling_would_end_is_refused_with_its_name() -> None:
+    sim = serving(2)
+    sim.feed(ScaleRequested(workers=3, operation_id="more"))
+    assert sim.facts.spec is not None
+    for event in (RebalanceRequested(planner="auto"), PlaceRequested(placement=sim.facts.spec.placement, pinned=True)):
+        with pytest.raises(ConflictError, match="more is under way"):
+            sim.feed(event)
+    sim.feed(ScaleRequested(workers=2, replace=True))
+    assert sim.facts.target == 2
 
 
 def test_never_below_what_holds_every_expert() -> None:
