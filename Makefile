@@ -32,7 +32,7 @@ serve: $(VENV)/.installed ## set up and serve the built-in model on http://127.0
 	@exec $(BIN)/emoe serve --workers 2 $(ARGS)
 
 test: $(VENV)/.installed-dev ## set up and run the tests
-	@$(BIN)/python -m pytest -n 3 --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 test-clients: $(VENV)/.installed-dev ## third-party clients against a real server, each in its own environment
 	@$(BIN)/python -m tests.clients.driver $(ARGS)

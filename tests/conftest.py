@@ -19,9 +19,6 @@ from tests.properties import limit
 # the parity tests took ten times as long. Tests that are about numbers of threads set them themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-GIVES_WAY = 5
-"""Niceness of tests without Ray."""
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "hosts" not in config.option.markexpr:
@@ -29,15 +26,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if isinstance(item, pytest.Function):
             limit(item.obj)
-    # they are the longest piece of work, so it begins first
+    # with `-n 2` these are the longest piece of work, so it begins first
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """`make test` runs one process more than there are cores, since tests with Ray wait for much of their time. What
-    waits for nothing gives way to them, so that their time-outs mean the same."""
-    if "PYTEST_XDIST_WORKER" in os.environ and item.get_closest_marker("ray") is None:
-        os.setpriority(os.PRIO_PROCESS, 0, max(GIVES_WAY, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def pytest_collection_finish() -> None:
