@@ -128,10 +128,17 @@ def _ask_in_its_subjects(client: openai.OpenAI) -> None:
     reference = load_reference(MODEL_DIR)
     for prompt in ("And it came to pass", '"My dear Mr. Bennet," said', "def main(", "The SELECT statement"):
         answer = client.completions.create(
-            model="emoe-mini", prompt=prompt, max_tokens=32, temperature=0, extra_body={"ignore_eos": True}
+            model="emoe-mini",
+            prompt=prompt,
+            max_tokens=32,
+            temperature=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
         )
-        ids = reference.tokenizer(prompt)["input_ids"]
-        assert answer.choices[0].text == reference.text(reference.greedy(ids, 32))
+        (choice,) = answer.choices
+        assert choice.model_extra is not None
+        ids, made = reference.tokenizer(prompt)["input_ids"], choice.model_extra["token_ids"]
+        assert made == reference.greedy(ids, 32, claimed=made)
+        assert choice.text == reference.text(made)
 
 
 def _ask(client: openai.OpenAI) -> None:
