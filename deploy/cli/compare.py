@@ -79,8 +79,8 @@ def run_compare(args: argparse.Namespace) -> int:
     if limited.move_budget is not None:
         table += f"\n`auto` moves at most {limited.move_budget} experts (--move-share); the others are not limited.\n"
     if args.tests and each:
-        seen = names_of(paths)[: 1 + len(args.scenarios)]
-        table += (note := behind_on_unseen(rows, seen)) and f"\n{note}"
+        note = behind_on_unseen(rows, seen=names_of(paths)[: 1 + len(args.scenarios)])
+        table += f"\n{note}" if note else ""
     write_text(args.out / "table.md", table)
     drawn = _draw_comparison(args, problem, test_problem, answers)
     if not args.json:

@@ -34,10 +34,7 @@ class Router:
         """Returns what transformers' routers return: (logits [T, E], scores [T, K], experts [T, K])."""
         x = hidden_states.reshape(-1, self.packed.depth).contiguous()
         rows = len(x)
-        logits = torch.empty(rows, self.packed.columns, dtype=torch.bfloat16)
-        # the dtype is given, since another thread that loads a model changes the process's default dtype for a while
-        scores = torch.empty(rows, self.top_k, dtype=torch.float32)
-        index = torch.empty(rows, self.top_k, dtype=torch.int64)
+        logits, scores, index = _outputs(rows, self.packed.columns, self.top_k, torch.bfloat16)
         self.lib.emoe_route(
             x.data_ptr(),
             rows,
@@ -93,9 +90,7 @@ class ScoredRouter:
         x = hidden_states.reshape(-1, self.packed.depth).contiguous()
         rows, how = len(x), self.scoring
         added = self.bias if bias is None else bias.float().contiguous()
-        logits = torch.empty(rows, self.packed.columns, dtype=torch.float32)
-        scores = torch.empty(rows, self.top_k, dtype=torch.float32)
-        index = torch.empty(rows, self.top_k, dtype=torch.int64)
+        logits, scores, index = _outputs(rows, self.packed.columns, self.top_k, torch.float32)
         self.lib.emoe_route_scored(
             x.data_ptr(),
             rows,
@@ -117,3 +112,10 @@ class ScoredRouter:
             torch.get_num_threads(),
         )
         return logits.to(self.logits_dtype), scores.to(self.dtype), index
+
+
+def _outputs(rows: int, experts: int, top_k: int, logits_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for (logits [T, E], scores [T, K], experts [T, K])."""
+    # the dtypes are given, since another thread that loads a model changes the process's default dtype for a while
+    logits = torch.empty(rows, experts, dtype=logits_dtype)
+    return logits, torch.empty(rows, top_k, dtype=torch.float32), torch.empty(rows, top_k, dtype=torch.int64)

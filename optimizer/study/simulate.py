@@ -196,10 +196,17 @@ class _Run:
         undone = self._undo(now)
         if undone is not None:
             return Decision(worthwhile=False, net_gain=0.0, seen_gain=0.0, reason=undone)
-        result = _plan(self._window, self._memory, self._placement, self._trace.top_k, self._settings, now)
-        decision = self._decide(result, self._settings.policy, now)
+        return self._answer(ChangeKind.PLANNED, self._settings.policy, now)
+
+    def _answer(self, kind: ChangeKind, policy: Policy, now: float) -> Decision:
+        """Ask the planner for this kind of change, and carry its plan out if that is worth it."""
+        planner = "relief" if kind is ChangeKind.QUICK else None
+        result = _plan(
+            self._window, self._memory, self._placement, self._trace.top_k, self._settings, now, planner=planner
+        )
+        decision = self._decide(result, policy, now)
         if decision.worthwhile:
-            self._adopt(ChangeKind.PLANNED, result.placement, decision.reason, now)
+            self._adopt(kind, result.placement, decision.reason, now)
         return decision
 
     def _seen(self, served: Trace, parts: Sequence[tuple[Trace, Placement]], decision: Decision, now: float) -> Look:
@@ -240,29 +247,16 @@ class _Run:
             self._window.begin_with(self._watch.present, self._trace.top_k, now)
         if sight is not Sight.NOTHING_NEW:
             self._settling = tuple(now + after_s for after_s in SETTLING_S)
-            self._relieve(now)
+            self._answer(ChangeKind.QUICK, RELIEF, now)
         self._undo(now)
         self._settle(now)
 
     def _settle(self, now: float) -> None:
         """Look at the whole placement, if a change of subject asks for that."""
         due = [at for at in self._settling if at <= now]
-        if not due:
-            return
-        self._settling = self._settling[len(due) :]
-        result = _plan(self._window, self._memory, self._placement, self._trace.top_k, self._settings, now)
-        decision = self._decide(result, dataclasses.replace(self._settings.policy, cooldown_s=0.0), now)
-        if decision.worthwhile:
-            self._adopt(ChangeKind.PLANNED, result.placement, decision.reason, now)
-
-    def _relieve(self, now: float) -> None:
-        """Answer a change of subject by a few moves, if they are worth it."""
-        result = _plan(
-            self._window, self._memory, self._placement, self._trace.top_k, self._settings, now, planner="relief"
-        )
-        decision = self._decide(result, RELIEF, now)
-        if decision.worthwhile:
-            self._adopt(ChangeKind.QUICK, result.placement, decision.reason, now)
+        if due:
+            self._settling = self._settling[len(due) :]
+            self._answer(ChangeKind.PLANNED, dataclasses.replace(self._settings.policy, cooldown_s=0.0), now)
 
     def _decide(self, result: PlanResult, policy: Policy, now: float) -> Decision:
         return decide(

@@ -9,7 +9,6 @@ libraries would be counted anew.)
 from __future__ import annotations
 
 import gc
-import re
 import sys
 from pathlib import Path
 
@@ -44,11 +43,10 @@ def load(path: str, form: str) -> int:
     return worker.loaded.weight_bytes
 
 
-def memory(what: str) -> int:
-    """A field of this process's status in bytes."""
-    found = re.search(rf"^{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+def status_bytes(field: str) -> int:
+    """A field of this process's status that the kernel gives in kB, such as VmRSS and VmHWM (proc(5))."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def main() -> None:
@@ -59,9 +57,9 @@ def main() -> None:
         gc.collect()
         return_freed_memory()
         Path("/proc/self/clear_refs").write_text(PEAK_RESET)
-        before = memory("VmRSS")
+        before = status_bytes("VmRSS")
         kept = load(path, form)
-        sys.stdout.write(f"{memory('VmHWM') - before} {kept}\n")
+        sys.stdout.write(f"{status_bytes('VmHWM') - before} {kept}\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from elastic_moe.model.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from elastic_moe.model.checkpoints.loading import Progress, expert_modules, iter_experts, load_trunk
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.checkpoints.stored import StoredTensor
+from tests.model.checkpoints.loading_peaks import status_bytes
 from tests.model.families import FAMILIES, HYBRIDS, MORE_FAMILIES, tiny_checkpoint
 from tests.model.processes import processes
 from tests.model.random_checkpoint import make_random_checkpoint
@@ -265,11 +266,6 @@ def test_nothing_is_printed(tmp_path_factory: pytest.TempPathFactory, capfd: pyt
     assert capfd.readouterr() == ("", "")
     assert logging.get_verbosity() == verbosity
     assert logging.is_progress_bar_enabled()
-
-
-def status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def load_share(path: str, dtype: torch.dtype, share: int) -> int:
