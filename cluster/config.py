@@ -23,6 +23,11 @@ from elastic_moe.cluster.setting import checked, names, setting
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 COLLECTOR = re.compile(r"(https?|grpc)://[^/?#\s]+(/[^\s]*)?")
+PLANNERS = (
+    "contiguous", "round_robin", "random", "greedy", "anticorrelation", "eplb", "pinning", "load_ilp", "moetuner",
+    "relief", "local_search", "ilp", "auto",
+)  # fmt: skip
+"""The planners of optimizer/planner.py, which this package cannot import."""
 OWN_PATHS = ("v1", "admin", "page")
 """First parts of paths that have further parts."""
 
@@ -158,7 +163,7 @@ class ServeConfig:
     rebalance_interval: float = setting(
         60.0, "seconds between two checks of the placement of experts; 0 re-places experts only on request", at_least=0
     )
-    planner: str = setting("auto", "planner that the periodic re-placement uses")
+    planner: str = setting("auto", "planner that the periodic re-placement uses", choices=PLANNERS)
     solver: str = setting(
         "highs", "solver that the planners use for integer programs", choices=("highs", "cbc", "gurobi")
     )
@@ -334,6 +339,8 @@ class ServeConfig:
                 raise ConfigError("min_workers: max_workers must be given with it")
             return
         least = self.min_workers or 1
+        if least > self.max_workers:
+            raise ConfigError(f"min_workers: expected at most max_workers, which is {self.max_workers}, got {least}")
         if not least <= self.workers <= self.max_workers:
             raise ConfigError(f"workers: expected {least} to {self.max_workers}, the limits of the autoscaler, "
                               f"got {self.workers}")  # fmt: skip

@@ -45,7 +45,7 @@ def expert_form(
 
     `kept` is the form in which the checkpoint's experts come, or PLAIN if they come in no form that is computed;
     `packed_as` names the format of its packed experts, or is None. `native`: whether the native library is there.
-    Raises ConfigError where experts would be rounded a second time.
+    Raises ConfigError where experts would be rounded a second time, and for a form that `dtype` does not allow.
     """
     computed = dtype == "bfloat16" and device == "cpu"
     if asked == "auto":
@@ -54,11 +54,11 @@ def expert_form(
         if dtype != "bfloat16":
             raise ConfigError(f"expert_dtype: bfloat16 needs dtype bfloat16, and {dtype} is served")
         return ExpertForm.PLAIN
-    if packed_as is None:
-        return ExpertForm(asked)
-    if kept.value.startswith(asked):
-        return kept
-    raise ConfigError(
-        f"expert_dtype: the checkpoint has its experts in {packed_as}, and {asked} would round them a second time; "
-        "expected auto or bfloat16"
-    )
+    if packed_as is not None and not kept.value.startswith(asked):
+        raise ConfigError(
+            f"expert_dtype: the checkpoint has its experts in {packed_as}, and {asked} would round them a second time; "
+            "expected auto or bfloat16"
+        )
+    if dtype != "bfloat16":
+        raise ConfigError(f"expert_dtype: {asked} needs dtype bfloat16, and {dtype} is served")
+    return ExpertForm(asked) if packed_as is None else kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import reprlib
 import types
 import typing
@@ -19,10 +20,19 @@ import yaml
 
 from elastic_moe.cluster.errors import ConfigError
 
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
+
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
     """A field of ServeConfig: its default, its text in --help, and the values that are allowed."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+def bytes_with_unit(text: str) -> int | None:
+    """The bytes that a number and a unit stand for, such as 8GB; None for another text."""
+    found = _SIZE.fullmatch(text.strip())
+    return int(float(found[1]) * UNITS[found[2].upper()]) if found and found[2].upper() in UNITS else None
 
 
 def base_type(hint: Any) -> type:
@@ -40,6 +50,9 @@ def checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         # an integer beyond the range of floats becomes infinity, which is refused below
         value = float(value) if abs(value) < 2**1000 else math.inf
+    if expected is int and isinstance(value, str) and field.name.endswith("_bytes"):
+        nbytes = bytes_with_unit(value)
+        value = value if nbytes is None else nbytes
     # a few lines of YAML can stand for a value of gigabytes, which must not be written out
     shown = reprlib.repr(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
@@ -73,7 +86,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, unchecked. Raises ConfigError if it cannot be read or is no mapping."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
         # besides its own errors, yaml raises whatever its converters of scalars do
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     except Exception as error:  # noqa: BLE001 - what Python raises of a date, a number or nesting that cannot be

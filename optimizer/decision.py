@@ -89,7 +89,7 @@ def decide(
     if result.moves == 0:
         return Decision(worthwhile=False, net_gain=0.0, seen_gain=0.0, reason="nothing to move")
     if since_change_s is not None and since_change_s < policy.cooldown_s:
-        reason = f"{summary}, but cooling down for {policy.cooldown_s - since_change_s:.0f} s"
+        reason = f"{summary}, {since_change_s:.0f} s after the last change (the cool-down is {policy.cooldown_s:.0f} s)"
     elif gain < needed:
         reason = f"{summary} is below the {needed:.1%} asked for"
     elif seen < -policy.most_loss:

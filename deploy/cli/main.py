@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError, UserError
 from elastic_moe.cluster.keys import with_keys
-from elastic_moe.cluster.setting import base_type, read_yaml
+from elastic_moe.cluster.setting import base_type, bytes_with_unit, read_yaml
 from elastic_moe.deploy.calibrating import flags as calibrating
 from elastic_moe.deploy.cli import plan as cli_plan
 from elastic_moe.deploy.cli import top as cli_top
@@ -101,15 +101,28 @@ def _add_serve(verbs: Any) -> None:
                 help=_help(field.name),
             )
             continue
+        sized = kind is int and field.name.endswith("_bytes")
+        shown = "BYTES" if sized else kind.__name__.upper().replace("STR", "TEXT")
         serve.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=kind,
+            type=_size if sized else kind,
             choices=field.metadata["choices"] or None,
-            metavar=None if field.metadata["choices"] else kind.__name__.upper().replace("STR", "TEXT"),
+            metavar=None if field.metadata["choices"] else shown,
             # absent rather than None, so that a flag that was not given does not hide the file's value
             default=argparse.SUPPRESS,
             help=_help(field.name),
         )
+
+
+def _size(text: str) -> int:
+    """Bytes: a number, or one with a unit such as 8GB."""
+    nbytes = bytes_with_unit(text)
+    if nbytes is None:
+        try:
+            return int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected bytes, or a size such as 8GB, got {text!r}") from None
+    return nbytes
 
 
 def _add_cluster_env(verbs: Any) -> None:

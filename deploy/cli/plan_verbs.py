@@ -8,6 +8,7 @@ import json
 import sys
 from typing import Any
 
+from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.deploy.cli.plan_input import (
     choose_workers,
@@ -114,6 +115,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise TraceError(
             f"{args.placement} is a placement of {placement.num_layers} layers, {args.trace} has {trace.num_layers}"
         )
+    if args.workers not in (None, len(placement.workers)):
+        raise ConfigError(f"--workers: {args.placement} is a placement on {len(placement.workers)}, got {args.workers}")
     problem = make_problem(args, trace, placement.workers, old)
     report = describe(trace, problem, placement)
     if problem.tiering is None and not placement.all_resident:

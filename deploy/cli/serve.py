@@ -22,7 +22,7 @@ import psutil
 from elastic_moe.actors.description import describe
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.decisions.limits import check_groups, check_limits
-from elastic_moe.cluster.errors import EmoeError, UserError
+from elastic_moe.cluster.errors import ConfigError, EmoeError, UserError
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.keys import authorization
 from elastic_moe.cluster.lines import ESCAPES
@@ -34,6 +34,8 @@ from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.deploy.launch.supervision import TRY_AGAIN, Phase
 from elastic_moe.deploy.launch.supervisor import Report, supervised
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
+from elastic_moe.deploy.tools.form import check_parsers
+from elastic_moe.optimizer.core.solvers import missing
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +157,7 @@ def _start(
     """Start Ray and the application. Raises StartFailed, with a message of one line, for whatever Ray and Serve
     raise."""
     try:
-        progress.show("starting Ray")
+        progress.show("starting Ray" if processes.local else "joining Ray")
         processes.start_ray()
         signals.install()
         progress.show("starting the API")
@@ -170,6 +172,9 @@ def _start(
 
 def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
     """The model's directory and description, checked before anything starts. Raises CheckpointError and ConfigError."""
+    check_parsers(config)
+    if config.address is None and (reason := missing(config.solver)):
+        raise ConfigError(f"solver: {reason}")
     if config.model is None:
         from elastic_moe.deploy.launch.builtin import MODEL, MODEL_DIR, NOTICE
 

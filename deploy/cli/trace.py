@@ -57,6 +57,8 @@ def run_record(args: argparse.Namespace) -> int:
     """Record a trace, and write it."""
     if args.request_tokens < 1 or (args.max_tokens is not None and args.max_tokens < 1):
         raise ConfigError("--request-tokens, --max-tokens: expected 1 or more")
+    # before the imports, which take ten seconds
+    texts = [(path, _text(path)) for path in args.text]
     from tqdm import tqdm
 
     from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -64,7 +66,7 @@ def run_record(args: argparse.Namespace) -> int:
     from elastic_moe.optimizer.study.traces import save_trace
 
     tokenizer = Tokenizer.load(str(args.model))
-    requests = [ids for path in args.text for ids in _requests(path, tokenizer, args.request_tokens)]
+    requests = [ids for path, text in texts for ids in _requests(path, text, tokenizer, args.request_tokens)]
     if args.max_tokens is not None:
         requests = list(_first(requests, args.max_tokens))
     with tqdm(total=sum(map(len, requests)), unit="tok", disable=None) as bar:
@@ -87,11 +89,14 @@ def _first(requests: list[list[int]], tokens: int) -> Iterator[list[int]]:
         tokens -= len(ids)
 
 
-def _requests(path: Path, tokenizer: Tokenizer, size: int) -> Iterator[list[int]]:
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _requests(path: Path, text: str, tokenizer: Tokenizer, size: int) -> Iterator[list[int]]:
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():

@@ -48,6 +48,8 @@ DRAIN_ANSWER_S = 10.0
 """Seconds that the coordinator has to say how many requests are left."""
 END_TIMEOUT_S = 5.0
 """Seconds that processes have to end by themselves."""
+JOIN_TIMEOUT_S = 10.0
+"""Seconds in which a Ray must answer to be joined."""
 
 
 class ServerProcesses:
@@ -93,6 +95,7 @@ class ServerProcesses:
             with self._without_modules():
                 ray_private.connect_locally(str(self._directory.ray), cpus, common)
             return
+        check_answers(self._config.address or "")
         try:
             with self._without_modules():
                 ray.init(address=self._config.address, **common)
@@ -241,6 +244,23 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error} (--port takes another)") from None
+
+
+def check_answers(address: str) -> None:
+    """Raises UserError where nobody listens at the address (HOST:PORT) of a Ray, which would try for a minute.
+
+    Other forms of an address (auto, ray://...) are left to Ray.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--address: cannot join {address}: {why} (`ray up` or `ray start --head` starts a Ray)"
+        ) from None
 
 
 def check_shared_memory(path: str = "/dev/shm") -> None:

@@ -61,6 +61,7 @@ from elastic_moe.deploy.launch.ray_private import keep_grpc_local
 from elastic_moe.deploy.text.prompts import BoundedPrompts
 from elastic_moe.deploy.text.tokenizer import without_torch
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
+from elastic_moe.deploy.tools.form import check_parsers
 from elastic_moe.deploy.web.direct import serve_directly
 
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
@@ -220,6 +221,7 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     config = with_keys(ServeConfig.from_mapping(args, source="args"), os.environ)
     check_installed(config)
+    check_parsers(config)
     model_dir = config.model or str(MODEL_DIR)
     check_limits(config, describe(model_dir))
     # Serve runs this on the cluster's head, or on a machine of its own cluster

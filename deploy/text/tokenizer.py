@@ -64,7 +64,8 @@ class Tokenizer:
             try:
                 template = Path(chat_template_path).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"chat_template: {chat_template_path}: {error}") from None
+                why = getattr(error, "strerror", None) or error
+                raise ConfigError(f"chat_template: {chat_template_path}: {why}") from None
         if not any(next(Path(model_dir).glob(pattern), None) for pattern in FILES):
             raise CheckpointError(f"{model_dir}: there is no tokenizer; expected a file such as tokenizer.json")
         try:

@@ -10,7 +10,15 @@ from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.deploy.tiers.flags import fetch_s, step_tokens
 from elastic_moe.optimizer.core.problem import PlacementProblem
 from elastic_moe.optimizer.planner import plan
-from elastic_moe.optimizer.study.caches import CURVES, CacheRow, CacheTimes, WorkerSteps, cache_row, write_rows
+from elastic_moe.optimizer.study.caches import (
+    CURVES,
+    CacheRow,
+    CacheTimes,
+    WorkerSteps,
+    cache_row,
+    cache_sizes,
+    write_rows,
+)
 from elastic_moe.optimizer.study.scenario import problem_from_trace
 from elastic_moe.optimizer.study.traces import Trace
 
@@ -42,7 +50,9 @@ def run_cache(
     # on one worker every placement is the same
     for name in PLACEMENTS if len(workers) > 1 else PLACEMENTS[:1]:
         seen = WorkerSteps(test, profile, _placement(problem, name), batch)
-        for share in SHARES:
+        # workers with few experts have caches of few sizes
+        distinct = {str(cache_sizes(seen, share)): share for share in reversed(SHARES)}
+        for share in sorted(distinct.values()):
             for policy in CURVES:
                 rows.append(cache_row(seen, name, policy, share, times))
                 progress(rows[-1])

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import replace
 
 import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.facts.tiering import cache_slots_of
+from elastic_moe.cluster.setting import bytes_with_unit
 from elastic_moe.optimizer.baselines.heuristics import greedy_table
 from elastic_moe.optimizer.core.cost import price_table
 from elastic_moe.optimizer.core.problem import BITS, GIGA, PlacementProblem
 from elastic_moe.optimizer.residency.memory import WorkerMemory, kv_price_s
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 DEFAULT_DISK_GBPS = 24.0
 DEFAULT_HOST_GBPS = 400.0
@@ -124,9 +122,8 @@ def step_tokens(args: argparse.Namespace, default: int) -> int:
 
 def _experts(flag: str, given: str, layers: int, expert_bytes: int) -> int:
     """Experts over all layers: a plain number is for each layer, and one with a unit is the bytes of all."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", given.strip())
-    if found and not found[2] and found[1].isdigit():
-        return int(found[1]) * layers
-    if found and found[2].upper() in UNITS:
-        return int(float(found[1]) * UNITS[found[2].upper()] // max(expert_bytes, 1))
+    if given.strip().isdigit():
+        return int(given) * layers
+    if (nbytes := bytes_with_unit(given)) is not None:
+        return nbytes // max(expert_bytes, 1)
     raise ConfigError(f"--{flag}: expected a number of experts, or bytes with a unit such as 8GB, got {given!r}")

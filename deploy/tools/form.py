@@ -32,6 +32,11 @@ def answer_form(tokenizer: Tokenizer, model_dir: str, config: ServeConfig) -> An
     return form
 
 
+def check_parsers(config: ServeConfig) -> None:
+    """Raises ConfigError for an unknown name of a parser."""
+    chosen_form("", tool_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser)
+
+
 def _usable(template: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     try:
         loaded(template)

@@ -81,8 +81,7 @@ def _violated(model: pyo.ConcreteModel) -> bool:
 
 
 def _highs(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Solution:
-    if util.find_spec("highspy") is None:
-        raise SolverError("the solver highs is not installed: pip install highspy")
+    _expect_installed("highs")
     from pyomo.contrib.appsi.solvers import Highs
 
     runner = Highs()
@@ -107,8 +106,7 @@ def _solution(solver: str, found: float | None, bound: float | None, why: str) -
 
 
 def _gurobi(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Solution:
-    if util.find_spec("gurobipy") is None:
-        raise SolverError("the solver gurobi is not installed: pip install 'elastic-moe[gurobi]'")
+    _expect_installed("gurobi")
     import gurobipy
     from pyomo.contrib.solver.common.factory import SolverFactory
 
@@ -143,6 +141,22 @@ def _gurobi_complaint(model: pyo.ConcreteModel, error: Any) -> str:
     )
 
 
+def missing(solver: str) -> str | None:
+    """What to do about a solver that this machine does not have, in one line; None where it is there."""
+    if solver == "cbc":
+        lacks, why = cbc_binary() is None, "was found neither on PATH nor in pulp: pip install 'elastic-moe[cbc]'"
+    elif solver == "gurobi":
+        lacks, why = util.find_spec("gurobipy") is None, "is not installed: pip install 'elastic-moe[gurobi]'"
+    else:
+        lacks, why = util.find_spec("highspy") is None, "is not installed: pip install highspy"
+    return f"the solver {solver} {why}" if lacks else None
+
+
+def _expect_installed(solver: str) -> None:
+    if reason := missing(solver):
+        raise SolverError(reason)
+
+
 def cbc_binary() -> str | None:
     """Path of a CBC executable: on PATH, or inside the wheels pulp and cbcbox; None where there is none."""
     found = shutil.which("cbc")
@@ -164,13 +178,11 @@ def _pulp_pattern() -> str:
 
 
 def _cbc(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Solution:
-    path = cbc_binary()
-    if path is None:
-        raise SolverError("the solver cbc was found neither on PATH nor in pulp: pip install 'elastic-moe[cbc]'")
+    _expect_installed("cbc")
     import pyomo.environ as pyo
     from pyomo.common.errors import ApplicationError
 
-    runner = pyo.SolverFactory("cbc", executable=path)
+    runner = pyo.SolverFactory("cbc", executable=cbc_binary())
     runner.options["seconds"] = time_limit_s
     runner.options["ratioGap"] = gap
     with _quiet("pyomo.core", "pyomo.opt"):

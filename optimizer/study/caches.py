@@ -97,14 +97,19 @@ def _by_worker(steps: list[list[int]], placement: Placement, layer: int) -> list
     return parts
 
 
+def cache_sizes(seen: WorkerSteps, share: float) -> list[list[int]]:
+    """[L][W] the experts that a cache of `share` of what a worker serves in a layer holds: at least one."""
+    return [[max(1, round(share * len(held))) for held, _ in workers] for workers in seen.layers]
+
+
 def cache_row(seen: WorkerSteps, name: str, policy: str, share: float, times: CacheTimes) -> CacheRow:
-    """Run `policy` (one of CURVES) in caches that hold `share` of what each worker serves in a layer."""
+    """Run `policy` (one of CURVES) in caches that hold `share` of what each worker serves in a layer, in whole experts:
+    the row has the share that they really hold."""
     runs: list[list[CacheCounts]] = []
-    slots = np.zeros(len(seen.layers[0]), dtype=np.int64)
-    for layer, workers in enumerate(seen.layers):
-        sizes = [max(1, round(share * len(held))) for held, _ in workers]
-        slots += sizes
+    slots = cache_sizes(seen, share)
+    for layer, (workers, sizes) in enumerate(zip(seen.layers, slots, strict=True)):
         runs.append([_run(policy, seen, layer, steps, size) for size, (_, steps) in zip(sizes, workers, strict=True)])
+    served = sum(len(held) for workers in seen.layers for held, _ in workers)
     flat = [run for layer_runs in runs for run in layer_runs]
     misses = np.array([[run.misses_by_step for run in layer_runs] for layer_runs in runs])
     slowest: npt.NDArray[np.int64] = misses.max(axis=1)
@@ -113,12 +118,12 @@ def cache_row(seen: WorkerSteps, name: str, policy: str, share: float, times: Ca
         placement=name,
         policy=policy,
         batch=seen.batch,
-        share=share,
+        share=sum(map(sum, slots)) / served,
         miss_rate=sum(run.accesses - run.hits for run in flat) / max(sum(run.accesses for run in flat), 1),
         worst_miss_rate=max(run.miss_rate for run in flat),
         fetches=float(slowest.sum(axis=0).mean()),
         step_s=float(step_s.mean()),
-        memory_bytes=int(slots.max()) * times.expert_bytes,
+        memory_bytes=max(map(sum, zip(*slots, strict=True))) * times.expert_bytes,
     )
 
 

@@ -228,6 +228,8 @@ def test_tiers_of_a_plan(
     assert report["fetch_bytes"] == pytest.approx(report["fetches"] * 10**6)
     assert 0 < report["replayed_miss_rate"] < 1
 
+    with pytest.raises(UserError, match=f"--workers: {made} is a placement on 2, got 5"):
+        emoe("evaluate", trace, made, "--workers", 5)
     assert emoe("evaluate", trace, made, *words[2:]) == 0
     again = printed(capsys)
     assert all(again[key] == pytest.approx(report[key]) for key in (*KEYS, "fetches", "replayed_waits"))
@@ -260,6 +262,18 @@ def test_traces_through_caches(trace: Path, tmp_path: Path, capsys: pytest.Captu
         by_size = [float(row["miss_rate"]) for row in rows if row["policy"] == policy]
         assert by_size == sorted(by_size, reverse=True)
     assert all(float(row["worst_miss_rate"]) >= float(row["miss_rate"]) for row in rows)
+
+
+def test_caches_of_a_few_experts_are_measured_once_and_named_by_their_true_share(
+    trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker serves two experts of a layer, so that its cache has one or both."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert emoe("simulate", trace, "--cache", "--workers", 4, "--step-tokens", 3, "--out", tmp_path) == 0
+    with (tmp_path / "caches.csv").open() as file:
+        rows = [(row["placement"], row["policy"], float(row["share"])) for row in csv.DictReader(file)]
+    assert len(set(rows)) == len(rows)
+    assert {share for *_, share in rows} == {0.5, 1.0}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
+from elastic_moe.cluster import config
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Worker, WorkerId
 from elastic_moe.optimizer import PLANNERS, PlacementProblem, PlanResult, SolutionStatus, Termination, plan
@@ -54,3 +55,7 @@ def test_a_failing_solver_falls_back_to_greedy_and_says_so(monkeypatch: pytest.M
 def test_wrong_arguments_are_named(wrong: dict[str, object], field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         plan(problem(), **wrong)
+
+
+def test_the_flag_knows_every_planner() -> None:
+    assert PLANNERS == config.PLANNERS

@@ -65,6 +65,9 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
         (["serve", "--port", "70000"], "port"),
         (["serve", "--device", "tpu"], "--device"),
         (["serve", "--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
+        (["serve", "--planner", "best"], "--planner"),
+        (["serve", "--expert-memory-bytes", "8GX"], "expected bytes, or a size such as 8GB, got '8GX'"),
+        (["serve", "--tool-call-parser", "foo"], "tool_call_parser: expected one of deepseek_v3, "),
         (["sevre"], "sevre"),
     ],
 )
@@ -175,9 +178,12 @@ def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for model in (of_file, of_flag):
         Path(model).mkdir()
         Path(model, "config.json").write_text('{"model_type": "mixtral"}')
-    path.write_text(f"workers: 3\nmax-num-seqs: 8\nmodel: {of_file}\n")
-    config = config_of(monkeypatch, "--config", str(path), "--workers", "4")
+    path.write_text(f"workers: 3\nmax-num-seqs: 8\nmodel: {of_file}\nhost_expert_memory_bytes: 0.5 GiB\n")
+    sized = ("--expert-memory-bytes", "8GB", "--kv-cache-memory-bytes", "12")
+    config = config_of(monkeypatch, "--config", str(path), "--workers", "4", *sized)
     assert (config.workers, config.max_num_seqs, config.model) == (4, 8, of_file)
+    assert (config.expert_memory_bytes, config.kv_cache_memory_bytes) == (8 * 10**9, 12)
+    assert config.host_expert_memory_bytes == 1 << 29
     assert config_of(monkeypatch, of_flag, "--config", str(path)).model == of_flag
 
 
@@ -198,6 +204,7 @@ def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--api-key", "a b"], "api_key"),
         (["--forwarded-allow-ips", "localhost"], "forwarded_allow_ips"),
         (["--log-file", "/no/such/log"], "log_file: /no/such/log"),
+        (["--min-workers", "4", "--max-workers", "2"], "min_workers: expected at most max_workers, which is 2, got 4"),
     ],
 )
 def test_mistakes_about_keys_addresses_and_logs(

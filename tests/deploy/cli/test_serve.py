@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.deploy.cli import serve as cli_serve
 from elastic_moe.deploy.cli.serve import ServerFailed, Silence, StartFailed
+from elastic_moe.deploy.launch import local_ray
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.deploy.launch.supervision import TRY_AGAIN
+from elastic_moe.optimizer.core import solvers
 
 
 class Told:
@@ -51,6 +53,22 @@ def test_errors_are_printed_for_the_user(
 def test_a_calibration_file_that_a_user_names_must_be_there() -> None:
     with pytest.raises(ConfigError, match=r"/no/such\.json: No such file"):
         cli_serve._checked_model(ServeConfig(calibration="/no/such.json"))
+
+
+def test_a_solver_that_is_not_installed_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solvers, "cbc_binary", lambda: None)
+    with pytest.raises(ConfigError, match=r"solver: the solver cbc was found neither .* pip install"):
+        cli_serve._checked_model(ServeConfig(solver="cbc"))
+    # a cluster's coordinator runs on another machine
+    assert cli_serve._checked_model(ServeConfig(solver="cbc", address="auto"))
+
+
+def test_a_ray_that_nobody_started_is_not_waited_for() -> None:
+    """Ray tries for a minute."""
+    with pytest.raises(UserError, match=r"--address: cannot join 127\.0\.0\.1:1: Connection refused"):
+        local_ray.check_answers("127.0.0.1:1")
+    for left_to_ray in ("auto", "local", "ray://head:10001", "head"):
+        local_ray.check_answers(left_to_ray)
 
 
 def test_a_failed_start_is_reported_to_the_supervisor(

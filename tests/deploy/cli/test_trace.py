@@ -62,3 +62,12 @@ def test_names_of_traces_stand_for_files(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         emoe("plan", "builtin:law")
     assert "builtin:code" in capsys.readouterr().err
+
+
+def test_a_missing_text_is_named_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "load", lambda *_: pytest.fail("the model was loaded first"))
+    missing = tmp_path / "x.txt"
+    assert emoe("trace", "record", missing, "--out", tmp_path / "trace.npz") == 2
+    assert capsys.readouterr().err == f"emoe: error: {missing}: No such file or directory\n"

@@ -142,6 +142,7 @@ def dequantized(form: ExpertForm, tensors: dict[str, torch.Tensor], key: str) ->
     [
         ("int8", "in INT4 in groups of 32, and int8 would round them a second time"),
         ("bfloat16", "needs dtype bfloat16"),
+        ("int4", "int4 needs dtype bfloat16, and float32 is served"),
     ],
 )
 def test_nothing_is_rounded_twice(asked: str, expected: str, plain: Path, tmp_path: Path) -> None:
