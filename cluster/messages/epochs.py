@@ -71,7 +71,7 @@ class ModelInfo:
     packed_as: str | None = None
     """The format of the checkpoint's packed experts; None if they are not packed."""
     matrix_bytes: int = 0
-    """Bytes of the trunk's linear layers and embeddings, as `trunk_bytes`."""
+    """Bytes of those of the trunk's matrices that --trunk-dtype can round; see `trunk_bytes`."""
     trunk_packed_as: str | None = None
     """The format of the checkpoint's packed linear layers beside the experts; None if they are not packed."""
 

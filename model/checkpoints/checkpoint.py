@@ -29,6 +29,7 @@ from elastic_moe.model.checkpoints.stored import stored_tensors
 from elastic_moe.model.checkpoints.wrapped import text_part, text_tensors
 from elastic_moe.model.formats.configuration import BadConfiguration, Packing, read_packing
 from elastic_moe.model.transformers_private import CONFIG_MAPPING, causal_class, multimodal_class
+from elastic_moe.model.trunk.linear import NARROW_OUTPUTS
 from elastic_moe.model.trunk.rotation import LONGROPE, growth_limit
 
 _BROKEN = (
@@ -300,14 +301,16 @@ def _stored_dtype(tensors: dict[str, Stored]) -> torch.dtype:
 
 
 def _sizes(model: PreTrainedModel, shape: Shape, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of one expert, of the trunk, and of the trunk's linear layers and embeddings, in `dtype`. Tied weights count
-    once."""
+    """Bytes of one expert, of the trunk, and of the trunk's matrices that --trunk-dtype can round, in `dtype`. Tied
+    weights count once."""
     experts = {id(p) for name in shape.expert_modules for p in model.get_submodule(name).parameters()}
     trunk = [p for p in model.parameters() if id(p) not in experts]
     matrices = {
         id(module.weight): module.weight.numel()
         for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and id(module.weight) not in experts
+        if isinstance(module, nn.Linear | nn.Embedding)
+        and id(module.weight) not in experts
+        and len(module.weight) >= NARROW_OUTPUTS
     }
     of_experts = sum(p.numel() for p in model.parameters() if id(p) in experts)
     count = shape.num_experts * len(shape.expert_modules)

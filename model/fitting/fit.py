@@ -101,9 +101,7 @@ def fit(
     like = next(trunk.parameters())
     refusal = native_refusal(like.dtype, like.device)
     if trunk_form is not ExpertForm.PLAIN and refusal is not None:
-        raise UserError(
-            f"trunk_dtype: {trunk_form} needs the native library: {refusal}; bfloat16 does not need it"
-        )
+        raise UserError(f"trunk_dtype: {trunk_form} needs the native library: {refusal}; bfloat16 does not need it")
     choose_by_cache(trunk)
     expansions = watch_expansions(trunk)
     shapes = probe_shapes(trunk, experts)

@@ -28,6 +28,9 @@ from elastic_moe.model.torch_private import onednn_linear, onednn_pack
 _ROWS = 32
 """Rows of x for which oneDNN's layout is made. Of 1..512 it is the fastest for a whole server; a few rows lose 10 %."""
 
+NARROW_OUTPUTS = 128
+"""A matrix with fewer outputs is not rounded. Gates and routers have few: they decide much, and take next to no bytes."""
+
 Weight = Tensor | Packed
 """A matrix [out, in] in any of the layouts."""
 
@@ -106,7 +109,8 @@ def pack_linears(
     A layer is not packed if another module uses its weight too (tied embeddings, and those in `plain`), or if its class
     is a subclass of nn.Linear. Every linear layer is added to `notes`, packed or not.
 
-    With INT8, weights are rounded to 8 bits, those of embeddings and of an output head that is tied to them too.
+    With INT8, weights are rounded to 8 bits, those of embeddings and of an output head that is tied to them too, but not
+    those of gates and routers.
     """
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     total = 0
@@ -122,7 +126,7 @@ def pack_linears(
             elif uses[id(child.weight)] > 1 or child in plain:
                 notes.add(Part.LINEARS, kind, CodePath.TORCH, "another module uses its weight too")
             else:
-                packed = pack(child.weight.data, form)
+                packed = pack(child.weight.data, form if child.out_features >= NARROW_OUTPUTS else ExpertForm.PLAIN)
                 notes.add(Part.LINEARS, _label(kind, packed), *_layout(packed))
                 if isinstance(packed, Packed) or packed.is_mkldnn:
                     setattr(parent, name, PackedLinear(packed, child.bias))

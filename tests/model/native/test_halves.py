@@ -26,7 +26,13 @@ from tests.paths import ROOT
 
 library_module = import_module("elastic_moe.model.native.library")
 """Not the function of that name."""
-SOURCES = ("moe/experts.cpp", "products/forms.cpp", "products/four_bits.cpp", "products/linear.cpp", "products/tiles.cpp")
+SOURCES = (
+    "moe/experts.cpp",
+    "products/forms.cpp",
+    "products/four_bits.cpp",
+    "products/linear.cpp",
+    "products/tiles.cpp",
+)
 FLOATS = (ExpertForm.PLAIN, ExpertForm.FP8)
 """Forms whose sums are of floats, which differ in their last bits. Sums of integers are exact."""
 NEITHER, OFF, ON = -1, 0, 1
