@@ -67,8 +67,8 @@ def expert_form(
 def trunk_form(asked: str, *, packed_as: str | None, dtype: str, device: str) -> ExpertForm:
     """The form of the trunk's matrices for a setting `asked` of --trunk-dtype: PLAIN, or INT8.
 
-    `packed_as` names the format of the checkpoint's packed trunk, or is None. Raises ConfigError for a dtype or a device
-    that int8 is not computed with, and where matrices would be rounded a second time.
+    `packed_as` names the format of the checkpoint's packed trunk, or is None. Raises ConfigError for a dtype or a
+    device that int8 is not computed with, and where matrices would be rounded a second time.
     """
     if asked == "auto":
         return ExpertForm.PLAIN
@@ -80,7 +80,7 @@ def trunk_form(asked: str, *, packed_as: str | None, dtype: str, device: str) ->
         raise ConfigError(f"trunk_dtype: {asked} is for CPUs, and the device is {device}; expected auto or bfloat16")
     if packed_as is not None:
         raise ConfigError(
-            f"trunk_dtype: the checkpoint has linear layers in {packed_as}, and {asked} would round them a second time; "
-            "expected auto or bfloat16"
+            f"trunk_dtype: the checkpoint has linear layers in {packed_as}, and {asked} would round them a second time;"
+            " expected auto or bfloat16"
         )
     return ExpertForm(asked)

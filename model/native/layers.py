@@ -45,8 +45,8 @@ class JointExperts:
         self.layers = (Experts * len(layers))(*(Experts(*a, r) for a, r in zip(layers, routes, strict=True)))
 
     def idle(self, threads: int, trunk: JointLayers | None = None, head: NativeHead | None = None) -> None:
-        """Compute the other workers' tokens in all layers of a step, and help with the attention of `trunk`'s layers and
-        with the output head if one worker alone has tokens. Blocks on them.
+        """Compute the other workers' tokens in all layers of a step. If one worker alone has tokens, help with the
+        attention of `trunk`'s layers and with the output head. Blocks on the others.
 
         Raises StepAborted if one of them is gone.
         """
@@ -64,7 +64,7 @@ class NativeHead:
         self.address = ctypes.addressof(self._head)
 
     def __call__(self, experts: JointExperts, x_RH: Tensor) -> Tensor:
-        """Logits [R, V] of bfloat16 rows. Blocks on the workers that help. Raises StepAborted if one of them is gone."""
+        """Logits [R, V] of bfloat16 rows. Blocks on the workers that help; raises StepAborted if one is gone."""
         x_RH = x_RH.contiguous()
         out_RV = torch.empty(len(x_RH), self._head.columns, dtype=torch.bfloat16)
         arguments = (self.address, x_RH.data_ptr(), len(x_RH), out_RV.data_ptr(), torch.get_num_threads())

@@ -225,7 +225,7 @@ def rows(packed: Packed, index: Tensor) -> Tensor:
     """Rows of a matrix in 8 bits, in bfloat16: [...] -> [..., K]. They are what a product with a unit vector gives."""
     assert packed.form is ExpertForm.INT8
     index = index.contiguous()
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < packed.columns):
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= packed.columns):
         raise IndexError(f"expected rows from 0 to {packed.columns - 1}, got {int(index.min())} to {int(index.max())}")
     out = torch.empty((*index.shape, packed.depth), dtype=torch.bfloat16)
     packed.lib.emoe_rows8(

@@ -29,7 +29,7 @@ _ROWS = 32
 """Rows of x for which oneDNN's layout is made. Of 1..512 it is the fastest for a whole server; a few rows lose 10 %."""
 
 NARROW_OUTPUTS = 128
-"""A matrix with fewer outputs is not rounded. Gates and routers have few: they decide much, and take next to no bytes."""
+"""A matrix with fewer outputs is not rounded. Gates and routers have few: they decide much, and take few bytes."""
 
 Weight = Tensor | Packed
 """A matrix [out, in] in any of the layouts."""
@@ -109,8 +109,8 @@ def pack_linears(
     A layer is not packed if another module uses its weight too (tied embeddings, and those in `plain`), or if its class
     is a subclass of nn.Linear. Every linear layer is added to `notes`, packed or not.
 
-    With INT8, weights are rounded to 8 bits, those of embeddings and of an output head that is tied to them too, but not
-    those of gates and routers.
+    With INT8, weights are rounded to 8 bits, those of embeddings and of an output head that is tied to them too, but
+    not those of gates and routers.
     """
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     total = 0

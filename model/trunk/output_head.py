@@ -79,7 +79,8 @@ class _SharedHead(nn.Module):
 
 
 def share_head(trunk: Any) -> NativeHead | None:
-    """Have the trunk's output head computed with the help of workers without tokens, if it is native. Returns it then."""
+    """Have the trunk's output head computed with the help of workers without tokens, if it is native: then it is
+    returned."""
     head = trunk.get_output_embeddings()
     if not isinstance(head, PackedLinear) or not isinstance(head.packed, Packed):
         return None
