@@ -112,6 +112,12 @@ class ServeConfig:
         "weights, and work only with bfloat16 on CPUs",
         choices=("auto", "bfloat16", "int8", "int4"),
     )
+    trunk_dtype: str = setting(
+        "auto",
+        "number format of the weights beside the experts; auto takes that of dtype; int8 rounds linear layers, "
+        "embeddings and the output head, with one scale for every 128 weights, and works only with bfloat16 on CPUs",
+        choices=("auto", "bfloat16", "int8"),
+    )
     max_model_len: int | None = setting(
         None,
         "largest number of tokens of a prompt and its answer together; if not given, the model's own limit",

@@ -1,4 +1,4 @@
-"""The forms in which a worker keeps experts, and which form a configuration asks for."""
+"""The forms in which a worker keeps experts and its trunk, and which form a configuration asks for."""
 
 from __future__ import annotations
 
@@ -62,3 +62,25 @@ def expert_form(
     if dtype != "bfloat16":
         raise ConfigError(f"expert_dtype: {asked} needs dtype bfloat16, and {dtype} is served")
     return ExpertForm(asked) if packed_as is None else kept
+
+
+def trunk_form(asked: str, *, packed_as: str | None, dtype: str, device: str) -> ExpertForm:
+    """The form of the trunk's matrices for a setting `asked` of --trunk-dtype: PLAIN, or INT8.
+
+    `packed_as` names the format of the checkpoint's packed trunk, or is None. Raises ConfigError for a dtype or a
+    device that int8 is not computed with, and where matrices would be rounded a second time.
+    """
+    if asked == "auto":
+        return ExpertForm.PLAIN
+    if dtype != "bfloat16":
+        raise ConfigError(f"trunk_dtype: {asked} needs dtype bfloat16, and {dtype} is served; expected auto")
+    if asked == "bfloat16":
+        return ExpertForm.PLAIN
+    if device != "cpu":
+        raise ConfigError(f"trunk_dtype: {asked} is for CPUs, and the device is {device}; expected auto or bfloat16")
+    if packed_as is not None:
+        raise ConfigError(
+            f"trunk_dtype: the checkpoint has linear layers in {packed_as}, and {asked} would round them a second time;"
+            " expected auto or bfloat16"
+        )
+    return ExpertForm(asked)

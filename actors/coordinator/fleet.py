@@ -243,7 +243,9 @@ class RayFleet:
         if self._model.packed_as is not None:
             kept = dtype if form is ExpertForm.PLAIN else form
             logger.info("experts come packed as %s, and are kept in %s", self._model.packed_as, kept)
-        return self._model.served_in(dtype, form)
+        return self._model.served_in(
+            dtype, form, self._model.trunk_form(self._config.trunk_dtype, dtype, self.device())
+        )
 
     def device(self) -> str:
         if self._device is None:

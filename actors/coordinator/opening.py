@@ -29,6 +29,7 @@ def model_spec(config: ServeConfig, model: ModelInfo, model_dir: str, device: st
         device=device,
         max_model_len=config.max_model_len or model.max_model_len,
         expert_dtype=config.expert_dtype,
+        trunk_dtype=config.trunk_dtype,
     )
 
 

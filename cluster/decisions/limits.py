@@ -44,6 +44,7 @@ def _check_expert_memory(config: ServeConfig, info: ModelInfo) -> None:
     dtype = info.dtype if config.dtype == "auto" else config.dtype
     # whether there are GPUs is not known yet
     device = "cpu" if config.device == "auto" else config.device
+    info.trunk_form(config.trunk_dtype, dtype, device)
     served = info.served_in(dtype, info.form(config.expert_dtype, dtype, device))
     least = served.num_layers * served.expert_bytes
     if config.expert_memory_bytes is not None and config.expert_memory_bytes < least:

@@ -15,7 +15,7 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.expert_forms import ExpertForm, expert_form, weight_bytes
+from elastic_moe.cluster.expert_forms import ExpertForm, expert_form, trunk_form, weight_bytes
 from elastic_moe.cluster.fit import FitReport
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import Placement, WorkerId
@@ -35,6 +35,8 @@ class ModelSpec:
     max_model_len: int
     expert_dtype: str = "auto"
     """The setting of that name; `ModelInfo.form` says which form it means."""
+    trunk_dtype: str = "auto"
+    """The setting of that name; `ModelInfo.trunk_form` says which form it means."""
 
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
@@ -68,6 +70,10 @@ class ModelInfo:
     """The form in which the checkpoint has its experts, if it is one that CPUs compute."""
     packed_as: str | None = None
     """The format of the checkpoint's packed experts; None if they are not packed."""
+    matrix_bytes: int = 0
+    """Bytes of those of the trunk's matrices that --trunk-dtype can round; see `trunk_bytes`."""
+    trunk_packed_as: str | None = None
+    """The format of the checkpoint's packed linear layers beside the experts; None if they are not packed."""
 
     def form(self, expert_dtype: str, dtype: str, device: str, *, native: bool = True) -> ExpertForm:
         """The form of the experts for a setting of --expert-dtype. See `expert_form`, also for its errors."""
@@ -75,13 +81,23 @@ class ModelInfo:
             expert_dtype, kept=self.kept, packed_as=self.packed_as, dtype=dtype, device=device, native=native
         )
 
-    def served_in(self, dtype: str, form: ExpertForm = ExpertForm.PLAIN) -> ModelInfo:
-        """This model with the sizes that it has in the dtype `dtype`, with its experts in `form`."""
+    def trunk_form(self, trunk_dtype: str, dtype: str, device: str) -> ExpertForm:
+        """The form of the trunk's matrices for a setting of --trunk-dtype. See `trunk_form`, also for its errors."""
+        return trunk_form(trunk_dtype, packed_as=self.trunk_packed_as, dtype=dtype, device=device)
+
+    def served_in(
+        self, dtype: str, form: ExpertForm = ExpertForm.PLAIN, trunk: ExpertForm = ExpertForm.PLAIN
+    ) -> ModelInfo:
+        """This model with the sizes that it has in the dtype `dtype`, with its experts in `form` and the trunk's
+        matrices in `trunk`."""
         stored, served = _ITEM_BYTES[self.dtype], _ITEM_BYTES[dtype]
+        vectors_bytes = (self.trunk_bytes - self.matrix_bytes) // stored * served
+        matrix_bytes = round(self.matrix_bytes // stored * weight_bytes(trunk, served))
         return replace(
             self,
             expert_bytes=round(self.expert_bytes // stored * weight_bytes(form, served)),
-            trunk_bytes=self.trunk_bytes // stored * served,
+            trunk_bytes=vectors_bytes + matrix_bytes,
+            matrix_bytes=matrix_bytes,
         )
 
 

@@ -74,7 +74,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(args, name)}")
     info = open_checkpoint(args.model).info
     dtype = info.dtype if args.dtype == "auto" else args.dtype
-    served = info.served_in(dtype, info.form(args.expert_dtype, dtype, "cpu"))
+    form = info.form(args.expert_dtype, dtype, "cpu")
+    served = info.served_in(dtype, form, info.trunk_form(args.trunk_dtype, dtype, "cpu"))
     out = args.out or calibration_file(served, dtype, "cpu")
     if out.is_dir():
         raise ConfigError(f"--out: {out} is a directory, expected a file")
@@ -110,6 +111,7 @@ def calibrate(args: argparse.Namespace, info: ModelInfo, dtype: str, number: int
         path=str(args.model),
         dtype=dtype,
         expert_dtype=args.expert_dtype,
+        trunk_dtype=args.trunk_dtype,
         first=first,
         group="emoe-calibrate",
         tokens=args.step_tokens,

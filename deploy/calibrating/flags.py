@@ -43,6 +43,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="as for `emoe serve` (auto)",
     )
     parser.add_argument(
+        "--trunk-dtype", default="auto", choices=("auto", "bfloat16", "int8"), help="as for `emoe serve` (auto)"
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="FILE.json",
         help="file for the constants, for `emoe serve --calibration` (the one that `emoe serve` of this model reads)",
     )  # fmt: skip

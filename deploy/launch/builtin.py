@@ -26,6 +26,7 @@ MODEL = ModelInfo(
     trunk_bytes=1404928,
     eos_token_ids=(0,),
     dtype="bfloat16",
+    matrix_bytes=1179648,
 )
 """What `open_checkpoint` would return for the model. It stands here because that call takes five seconds of imports."""
 

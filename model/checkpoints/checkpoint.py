@@ -6,12 +6,14 @@ Everything that can be wrong with a checkpoint is found here, in a second or two
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from elastic_moe.cluster.errors import CheckpointError
@@ -27,6 +29,7 @@ from elastic_moe.model.checkpoints.stored import stored_tensors
 from elastic_moe.model.checkpoints.wrapped import text_part, text_tensors
 from elastic_moe.model.formats.configuration import BadConfiguration, Packing, read_packing
 from elastic_moe.model.transformers_private import CONFIG_MAPPING, causal_class, multimodal_class
+from elastic_moe.model.trunk.linear import NARROW_OUTPUTS
 from elastic_moe.model.trunk.rotation import LONGROPE, growth_limit
 
 _BROKEN = (
@@ -112,7 +115,8 @@ def _planned(
         tensors = text_tensors(_whole_skeleton(config), skeleton, tensors)
     conversion = find_conversion(skeleton, shape.expert_modules, shape.num_experts, tensors)
     dtype = _stored_dtype(tensors)
-    expert_bytes, trunk_bytes = _sizes(skeleton, shape, dtype)
+    expert_bytes, trunk_bytes, matrix_bytes = _sizes(skeleton, shape, dtype)
+    of_experts = (name for parts in conversion.experts for part in parts for name in part.sources_of(0).values())
     info = ModelInfo(
         architecture=type(skeleton).__name__,
         num_layers=len(shape.expert_modules),
@@ -128,7 +132,9 @@ def _planned(
         rope_limits=_rope_limits(config),
         rope_growth_limit=growth_limit(skeleton),
         kept=kept_form(skeleton, shape, conversion, tensors),
-        packed_as=_packed_as(conversion, tensors),
+        packed_as=_packed_as(of_experts, tensors),
+        matrix_bytes=matrix_bytes,
+        trunk_packed_as=_packed_as(conversion.trunk, tensors),
     )
     return Checkpoint(
         path=path,
@@ -277,9 +283,8 @@ def _named_eos(file: Path, content: dict[str, Any]) -> list[int]:
     return ids
 
 
-def _packed_as(conversion: Conversion, tensors: dict[str, Stored]) -> str | None:
-    """The format of the first packed expert tensor."""
-    names = (name for parts in conversion.experts for part in parts for name in part.sources_of(0).values())
+def _packed_as(names: Iterable[str], tensors: dict[str, Stored]) -> str | None:
+    """The format of the first of these tensors that is packed."""
     return next((w.format.label for name in names if isinstance(w := tensors[name], PackedTensor)), None)
 
 
@@ -295,10 +300,20 @@ def _stored_dtype(tensors: dict[str, Stored]) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def _sizes(model: PreTrainedModel, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of one expert, and of the trunk, in `dtype`. Tied weights count once."""
+def _sizes(model: PreTrainedModel, shape: Shape, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of one expert, of the trunk, and of the trunk's matrices that --trunk-dtype can round, in `dtype`. Tied
+    weights count once."""
     experts = {id(p) for name in shape.expert_modules for p in model.get_submodule(name).parameters()}
-    elements = sum(p.numel() for p in model.parameters())
+    trunk = [p for p in model.parameters() if id(p) not in experts]
+    matrices = {
+        id(module.weight): module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+        and id(module.weight) not in experts
+        and len(module.weight) >= NARROW_OUTPUTS
+    }
     of_experts = sum(p.numel() for p in model.parameters() if id(p) in experts)
     count = shape.num_experts * len(shape.expert_modules)
-    return of_experts // count * dtype.itemsize, (elements - of_experts) * dtype.itemsize
+    counts = of_experts // count, sum(p.numel() for p in trunk), sum(matrices.values())
+    of_expert, of_trunk, of_matrices = (number * dtype.itemsize for number in counts)
+    return of_expert, of_trunk, of_matrices

@@ -19,7 +19,7 @@ from torch import Tensor
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.model.exchange.counter import Notes
 from elastic_moe.model.graph_pieces import GraphTerms
-from elastic_moe.model.native.layers import JointExperts, JointLayers
+from elastic_moe.model.native.layers import JointExperts, JointLayers, NativeHead
 
 
 def route_table(placement: Placement, rank: int) -> Tensor:
@@ -111,11 +111,20 @@ class Dispatcher(ABC):
         self.note(index_TK[None])
         return self._forward(layer, x_TH, index_TK, weight_TK)
 
-    def idle(self, shapes: Sequence[LayerShape], device: torch.device, trunk: JointLayers | None = None) -> None:
+    def leave_trunk(self) -> None:  # noqa: B027 - only workers of one node help one another
+        """End a step's trunk, whether it went well or not: nobody has to wait for a call for help any longer."""
+
+    def idle(
+        self,
+        shapes: Sequence[LayerShape],
+        device: torch.device,
+        trunk: JointLayers | None = None,
+        head: NativeHead | None = None,
+    ) -> None:
         """Take part in a step in which this worker has no tokens: only its experts run, for the others' tokens. It may
-        help with the layers of `trunk`, all of which run in one native call."""
+        help with the layers of `trunk`, all of which run in one native call, and with the output head."""
         if self.joint is not None:
-            self.joint.idle(self.threads, trunk)
+            self.joint.idle(self.threads, trunk, head)
             return
         for layer, shape in enumerate(shapes):
             self.forward(

@@ -36,6 +36,9 @@ class NativeDispatcher(Dispatcher):
         super().begin(tokens_per_rank, counter)
         self._exchange.begin(tokens_per_rank)
 
+    def leave_trunk(self) -> None:
+        self._exchange.decline()
+
     def finish(self) -> None: ...
 
     def _forward(self, layer: int, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:

@@ -83,14 +83,25 @@ class Fit:
         return FitReport(rows=notes.rows())
 
 
-def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form: ExpertForm = ExpertForm.PLAIN) -> Fit:
+def fit(
+    trunk: nn.Module,
+    experts: Sequence[nn.Module],
+    *,
+    block_size: int,
+    form: ExpertForm = ExpertForm.PLAIN,
+    trunk_form: ExpertForm = ExpertForm.PLAIN,
+) -> Fit:
     """Choose the code for a trunk and its experts. Packs the trunk's matrices and joins its small operators, in place.
 
     `experts` are its expert modules, without weights; call `attach` for them afterwards. `block_size` is the number of
-    tokens in a block of the KV cache. Raises UserError if this machine cannot serve experts in `form`.
+    tokens in a block of the KV cache. Raises UserError if this machine cannot serve experts in `form`, or the trunk's
+    matrices in `trunk_form`.
     """
     notes = FitNotes()
     like = next(trunk.parameters())
+    refusal = native_refusal(like.dtype, like.device)
+    if trunk_form is not ExpertForm.PLAIN and refusal is not None:
+        raise UserError(f"trunk_dtype: {trunk_form} needs the native library: {refusal}; bfloat16 does not need it")
     choose_by_cache(trunk)
     expansions = watch_expansions(trunk)
     shapes = probe_shapes(trunk, experts)
@@ -102,8 +113,7 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form
             raise UserError(f"layer {layer} attends to chosen keys, which needs latents in the cache: {why}")
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
     _note_attention(shapes, latents, attention, apart, notes)
-    packed_bytes = pack_linears(trunk, notes, plain=states.plain)
-    refusal = native_refusal(like.dtype, like.device)
+    packed_bytes = pack_linears(trunk, notes, plain=states.plain, form=trunk_form)
     if refusal is None and (lib := library()) is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
     kernels = gpu_refusal(like.dtype, like.device) is None

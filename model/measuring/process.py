@@ -28,6 +28,7 @@ class Job:
     """Directory of the checkpoint."""
     dtype: str
     expert_dtype: str
+    trunk_dtype: str
     first: Placement
     group: str
     tokens: int
@@ -59,7 +60,12 @@ class Member:
             WorkerSpec(
                 worker=worker,
                 model=ModelSpec(
-                    path=job.path, dtype=job.dtype, device="cpu", max_model_len=PROMPT, expert_dtype=job.expert_dtype
+                    path=job.path,
+                    dtype=job.dtype,
+                    device="cpu",
+                    max_model_len=PROMPT,
+                    expert_dtype=job.expert_dtype,
+                    trunk_dtype=job.trunk_dtype,
                 ),
                 experts=tuple(job.first.experts_of(worker, layer) for layer in range(info.num_layers)),
                 kv_cache_bytes=1 << 30,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elastic_moe.model.native import structs
 from elastic_moe.model.native.attention import NativeBatch
-from elastic_moe.model.native.linear import Packed
+from elastic_moe.model.native.linear import NUMBERS, Packed
 from elastic_moe.model.rms_norm import GatedRmsNorm, RmsNorm
 
 
@@ -139,10 +139,10 @@ class AttentionBlock:
             query_norm=_norm(query_norm),
             key_norm=_norm(key_norm),
             after=_norm(after),
-            query=_matrix(query),
-            key=_matrix(key),
-            value=_matrix(value),
-            out=_matrix(out),
+            query=matrix_of(query.packed, query.bias),
+            key=matrix_of(key.packed, key.bias),
+            value=matrix_of(value.packed, value.bias),
+            out=matrix_of(out.packed, out.bias),
             sinks=None if logits is None else logits.data_ptr(),
             scale=scale,
         )
@@ -191,9 +191,11 @@ def _norm(norm: Norm | None) -> structs.Norm:
     )
 
 
-def _matrix(matrix: Matrix) -> structs.Matrix:
-    bias = None if matrix.bias is None else matrix.bias.data_ptr()
-    return structs.Matrix(packed=matrix.packed.data.data_ptr(), bias=bias)
+def matrix_of(packed: Packed, bias: Tensor | None) -> structs.Matrix:
+    """The structure of a linear layer, whose tensors the caller keeps alive."""
+    return structs.Matrix(
+        packed=packed.data.data_ptr(), bias=None if bias is None else bias.data_ptr(), form=NUMBERS[packed.form]
+    )
 
 
 def _rows(tensor: Tensor, size: int) -> Tensor:

@@ -86,6 +86,11 @@ class NativeExchange:
         """Begin a step, in which rank r runs `tokens_per_rank[r]` tokens."""
         self._lib.emoe_exchange_begin(self.handle, (ctypes.c_int64 * self.size)(*tokens_per_rank))
 
+    def decline(self) -> None:
+        """End a step in which this rank may have asked others for help with its output head. Call it in every step with
+        tokens of this rank, since ranks without any wait for it."""
+        self._lib.emoe_exchange_decline(self.handle)
+
     def layer(
         self, experts: Sequence[Any], routes_WE: Tensor, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor
     ) -> Tensor:

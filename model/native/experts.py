@@ -21,7 +21,18 @@ from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.int4 import ZERO
 from elastic_moe.model.int8 import SCALE, quantize
-from elastic_moe.model.native.linear import Packed, can_pack, pack, pack4, pack8, round4, unpack, unpack4, unpack8
+from elastic_moe.model.native.linear import (
+    NUMBERS,
+    Packed,
+    can_pack,
+    pack,
+    pack4,
+    pack8,
+    round4,
+    unpack,
+    unpack4,
+    unpack8,
+)
 from elastic_moe.model.native.structs import SUPPLY_NEXT
 from elastic_moe.model.native.structs import Supply as _Supply
 from elastic_moe.model.record_layout import RecordLayout, lay_out
@@ -86,16 +97,6 @@ def find_gate(module: nn.Module) -> Gate | None:
             return gate
     return None
 
-
-_NUMBERS = {
-    ExpertForm.PLAIN: 16,
-    ExpertForm.INT8: 8,
-    ExpertForm.INT4: 4,
-    ExpertForm.INT4_HALF: 5,
-    ExpertForm.MXFP4: 6,
-    ExpertForm.FP8: 7,
-}
-"""The library's number of a form, as in experts.h."""
 
 _RECORDED = {ExpertForm.PLAIN: "16 bits", ExpertForm.INT8: "8 bits"}
 """How the layout of a record names a form; other forms have their own name."""
@@ -357,7 +358,7 @@ class NativeExperts:
             width,
             tables.shape[1],
             tables.data_ptr(),
-            _NUMBERS[self.form],
+            NUMBERS[self.form],
             gate.interleaved,
             gate.kind,
             gate.alpha,

@@ -1,6 +1,6 @@
-"""Runs several decoder layers in one call: see layers.cpp.
+"""Runs several decoder layers in one call: see layers.cpp. And the output head with the help of others: see block.cpp.
 
-Legend: L layers, T tokens of the step, H hidden, D head size, K experts per token.
+Legend: L layers, T tokens of the step, H hidden, D head size, K experts per token, R rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from elastic_moe.model.native.attention import NativeBatch
-from elastic_moe.model.native.block import AttentionBlock
+from elastic_moe.model.native.block import AttentionBlock, matrix_of
 from elastic_moe.model.native.experts import check_available
+from elastic_moe.model.native.linear import Packed
 from elastic_moe.model.native.router import Router
-from elastic_moe.model.native.structs import Experts, Layer
+from elastic_moe.model.native.structs import Experts, Head, Layer
 
 
 class JointExperts:
@@ -43,14 +44,32 @@ class JointExperts:
         routes = [None if routes_LWE is None else routes_LWE[n].data_ptr() for n in range(len(layers))]
         self.layers = (Experts * len(layers))(*(Experts(*a, r) for a, r in zip(layers, routes, strict=True)))
 
-    def idle(self, threads: int, trunk: JointLayers | None = None) -> None:
-        """Compute the other workers' tokens in all layers of a step, and help with the attention of `trunk`'s layers if
-        one worker alone has tokens. Blocks on them.
+    def idle(self, threads: int, trunk: JointLayers | None = None, head: NativeHead | None = None) -> None:
+        """Compute the other workers' tokens in all layers of a step. If one worker alone has tokens, help with the
+        attention of `trunk`'s layers and with the output head. Blocks on the others.
 
         Raises StepAborted if one of them is gone.
         """
         layers = None if trunk is None else trunk.rows
-        self.check(self.lib.emoe_layers_idle(layers, self.layers, len(self.layers), self.exchange, threads))
+        address = None if head is None else head.address
+        self.check(self.lib.emoe_layers_idle(layers, self.layers, len(self.layers), self.exchange, address, threads))
+
+
+class NativeHead:
+    """An output head, which other workers of the node may help to compute."""
+
+    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
+        self._kept = (packed, bias)
+        self._head = Head(depth=packed.depth, columns=packed.columns, matrix=matrix_of(packed, bias))
+        self.address = ctypes.addressof(self._head)
+
+    def __call__(self, experts: JointExperts, x_RH: Tensor) -> Tensor:
+        """Logits [R, V] of bfloat16 rows. Blocks on the workers that help; raises StepAborted if one is gone."""
+        x_RH = x_RH.contiguous()
+        out_RV = torch.empty(len(x_RH), self._head.columns, dtype=torch.bfloat16)
+        arguments = (self.address, x_RH.data_ptr(), len(x_RH), out_RV.data_ptr(), torch.get_num_threads())
+        experts.check(experts.lib.emoe_head(experts.exchange, *arguments))
+        return out_RV
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,16 @@ from elastic_moe.model.native.memory import allocate
 _PANEL = 64
 """Columns in a panel, as in gemm.h."""
 
+NUMBERS = {
+    ExpertForm.PLAIN: 16,
+    ExpertForm.INT8: 8,
+    ExpertForm.INT4: 4,
+    ExpertForm.INT4_HALF: 5,
+    ExpertForm.MXFP4: 6,
+    ExpertForm.FP8: 7,
+}
+"""The library's number of a form, as in forms.h."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Packed:
@@ -202,8 +212,27 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         rows.stride(0),
         weight.depth,
         weight.data.data_ptr(),
+        NUMBERS[weight.form],
         weight.columns,
         None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rows(packed: Packed, index: Tensor) -> Tensor:
+    """Rows of a matrix in 8 bits, in bfloat16: [...] -> [..., K]. They are what a product with a unit vector gives."""
+    assert packed.form is ExpertForm.INT8
+    index = index.contiguous()
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= packed.columns):
+        raise IndexError(f"expected rows from 0 to {packed.columns - 1}, got {int(index.min())} to {int(index.max())}")
+    out = torch.empty((*index.shape, packed.depth), dtype=torch.bfloat16)
+    packed.lib.emoe_rows8(
+        packed.data.data_ptr(),
+        packed.depth,
+        index.data_ptr(),
+        index.numel(),
         out.data_ptr(),
         torch.get_num_threads(),
     )

@@ -17,9 +17,9 @@ class Norm(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """See block.cpp."""
+    """See linear.h."""
 
-    _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+    _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("form", ctypes.c_int64))
 
 
 class Block(ctypes.Structure):
@@ -32,6 +32,12 @@ class Block(ctypes.Structure):
         ("sinks", ctypes.c_void_p),
         ("scale", ctypes.c_float),
     )
+
+
+class Head(ctypes.Structure):
+    """See block.h."""
+
+    _fields_ = (("depth", ctypes.c_int64), ("columns", ctypes.c_int64), ("matrix", Matrix))
 
 
 class Layer(ctypes.Structure):
@@ -85,7 +91,7 @@ class SequenceRow(ctypes.Structure):
 
 MIRRORED: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "emoe_attention_sizes": (SequenceRow,),
-    "emoe_block_sizes": (Norm, Matrix, Block),
+    "emoe_block_sizes": (Norm, Matrix, Block, Head),
     "emoe_layers_sizes": (Layer, Experts),
     "emoe_experts_sizes": (Supply,),
 }

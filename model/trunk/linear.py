@@ -7,14 +7,18 @@ devices, and in float32, weights are not packed. Packing changes no bit of a wei
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
+from elastic_moe.model.int8 import quantize
 from elastic_moe.model.native import library
 from elastic_moe.model.native import linear as native
 from elastic_moe.model.native.linear import Packed
@@ -24,17 +28,23 @@ from elastic_moe.model.torch_private import onednn_linear, onednn_pack
 _ROWS = 32
 """Rows of x for which oneDNN's layout is made. Of 1..512 it is the fastest for a whole server; a few rows lose 10 %."""
 
+NARROW_OUTPUTS = 128
+"""A matrix with fewer outputs is not rounded. Gates and routers have few: they decide much, and take few bytes."""
+
 Weight = Tensor | Packed
 """A matrix [out, in] in any of the layouts."""
 
 
-def pack(weight: Tensor) -> Weight:
-    """Pack a matrix [out, in] in the best layout for `linear`. Returns the matrix itself if no layout is better."""
+def pack(weight: Tensor, form: ExpertForm = ExpertForm.PLAIN) -> Weight:
+    """Pack a matrix [out, in] in the best layout for `linear`. Returns the matrix itself if no layout is better.
+
+    With INT8 it is rounded to 8 bits if the native library can pack it.
+    """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return weight
     lib = library()
     if lib is not None and native.can_pack(weight):
-        return native.pack(lib, weight)
+        return native.pack8(lib, *quantize(weight)) if form is ExpertForm.INT8 else native.pack(lib, weight)
     if not _onednn_packs():
         return weight
     return onednn_pack(weight, _ROWS)
@@ -48,7 +58,7 @@ def _onednn_packs() -> bool:
 
 
 def unpack(weight: Weight) -> Tensor:
-    """The plain matrix that was packed, bit for bit."""
+    """The plain matrix that was packed without rounding, bit for bit."""
     if isinstance(weight, Packed):
         return native.unpack(weight)
     return weight.to_dense() if weight.is_mkldnn else weight
@@ -80,17 +90,32 @@ class PackedLinear(nn.Module):
         return linear(x, self.packed, self.bias)  # type: ignore[arg-type]
 
 
-def pack_linears(model: nn.Module, notes: FitNotes, plain: Collection[nn.Module] = ()) -> int:
+class NarrowEmbedding(nn.Module):
+    """Replaces an nn.Embedding whose matrix is in 8 bits. The output head may have the same matrix."""
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def forward(self, input: Tensor) -> Tensor:
+        return native.rows(self.packed, input)
+
+
+def pack_linears(
+    model: nn.Module, notes: FitNotes, plain: Collection[nn.Module] = (), form: ExpertForm = ExpertForm.PLAIN
+) -> int:
     """Pack every plain nn.Linear of a model, one at a time. Returns the bytes of the packed weights.
 
     A layer is not packed if another module uses its weight too (tied embeddings, and those in `plain`), or if its class
     is a subclass of nn.Linear. Every linear layer is added to `notes`, packed or not.
+
+    With INT8, weights are rounded to 8 bits, those of embeddings and of an output head that is tied to them too, but
+    not those of gates and routers.
     """
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     total = 0
+    if form is ExpertForm.INT8:
+        total += _narrow_embedding(model, notes, uses, plain)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear):
@@ -101,12 +126,41 @@ def pack_linears(model: nn.Module, notes: FitNotes, plain: Collection[nn.Module]
             elif uses[id(child.weight)] > 1 or child in plain:
                 notes.add(Part.LINEARS, kind, CodePath.TORCH, "another module uses its weight too")
             else:
-                packed = pack(child.weight.data)
-                notes.add(Part.LINEARS, kind, *_layout(packed))
+                packed = pack(child.weight.data, form if child.out_features >= NARROW_OUTPUTS else ExpertForm.PLAIN)
+                notes.add(Part.LINEARS, _label(kind, packed), *_layout(packed))
                 if isinstance(packed, Packed) or packed.is_mkldnn:
                     setattr(parent, name, PackedLinear(packed, child.bias))
                     total += nbytes(packed)
     return total
+
+
+def _narrow_embedding(model: Any, notes: FitNotes, uses: Counter[int], plain: Collection[nn.Module]) -> int:
+    """Round the matrix of the embeddings, and of an output head that is tied to it. Returns its bytes, or 0 if it stays
+    as it is."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not native.can_pack(embedding.weight):
+        return 0
+    tied = type(head) is nn.Linear and head.weight is embedding.weight and head not in plain
+    if uses[id(embedding.weight)] != 1 + tied:
+        return 0
+    packed = pack(embedding.weight.data, ExpertForm.INT8)
+    assert isinstance(packed, Packed)
+    _replace(model, embedding, NarrowEmbedding(packed))
+    if tied:
+        _replace(model, head, PackedLinear(packed, head.bias))
+        notes.add(Part.LINEARS, _label(type(head).__name__, packed), *_layout(packed))
+    return packed.nbytes
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _label(kind: str, weight: Weight) -> str:
+    return f"{kind} in {weight.form}" if isinstance(weight, Packed) and weight.form is not ExpertForm.PLAIN else kind
 
 
 def _layout(weight: Weight) -> tuple[CodePath, str | None]:

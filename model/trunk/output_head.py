@@ -1,4 +1,5 @@
-"""Computes logits of any tokens of the last step, after the step, from the trunk's last hidden states.
+"""Computes logits: of any tokens of the last step, after the step, from the trunk's last hidden states; and in a step,
+together with workers that have no tokens.
 
 transformers' causal models compute logits inside `forward`, and some scale or cap them there. So `forward` is called
 again, with the body of the model replaced by its last output: nothing but the head runs.
@@ -8,7 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from elastic_moe.model.native.layers import NativeHead
+from elastic_moe.model.native.linear import Packed
+from elastic_moe.model.trunk.linear import PackedLinear
+from elastic_moe.model.trunk.step_batch import StepBatch, current_batch
 
 
 class OutputHead:
@@ -49,3 +56,37 @@ class OutputHead:
         if self._keeps:
             self.output = output
         return output
+
+
+class _SharedHead(nn.Module):
+    """Takes the place of the head's linear layer. In a step it is computed with the others of the native exchange."""
+
+    def __init__(self, alone: PackedLinear, native: NativeHead) -> None:
+        super().__init__()
+        self._alone = alone
+        self.native = native
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            batch: Any = current_batch()
+        except LookupError:  # after a step
+            batch = None
+        experts = batch.dispatcher.joint if isinstance(batch, StepBatch) and batch.dispatcher is not None else None
+        if experts is None or experts.exchange is None or x.dtype != torch.bfloat16:
+            return self._alone(x)  # type: ignore[no-any-return]
+        logits = self.native(experts, x.reshape(-1, x.shape[-1]))
+        return logits.view(*x.shape[:-1], logits.shape[-1])
+
+
+def share_head(trunk: Any) -> NativeHead | None:
+    """Have the trunk's output head computed with the help of workers without tokens, if it is native: then it is
+    returned."""
+    head = trunk.get_output_embeddings()
+    if not isinstance(head, PackedLinear) or not isinstance(head.packed, Packed):
+        return None
+    shared = _SharedHead(head, NativeHead(head.packed, head.bias))
+    for parent in list(trunk.modules()):
+        for name, child in list(parent.named_children()):
+            if child is head:
+                setattr(parent, name, shared)
+    return shared.native

@@ -92,7 +92,8 @@ def load_model(spec: WorkerSpec, note: Callable[[float], None]) -> LoadedModel:
     form = info.form(spec.model.expert_dtype, spec.model.dtype, device.type, native=native)
     trunk = load_trunk(checkpoint, dtype=dtype, device=device)
     modules = expert_modules(trunk)
-    fitted = fit(trunk, modules, block_size=spec.block_size, form=form)
+    narrow = info.trunk_form(spec.model.trunk_dtype, spec.model.dtype, device.type)
+    fitted = fit(trunk, modules, block_size=spec.block_size, form=form, trunk_form=narrow)
     store = ExpertStore(fitted.experts)
     if len(spec.experts) != len(modules):
         raise CheckpointError(f"{len(modules)} MoE layers were found, {len(spec.experts)} expected")

@@ -29,7 +29,7 @@ from elastic_moe.model.staging import to_device
 from elastic_moe.model.states.packed import StateBatch, states_of
 from elastic_moe.model.transformers_private import is_indexer
 from elastic_moe.model.trunk.kv_cache import KVCache
-from elastic_moe.model.trunk.output_head import OutputHead
+from elastic_moe.model.trunk.output_head import OutputHead, share_head
 from elastic_moe.model.trunk.rotation import depends_on_length, rotate_by_length
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.windows import WindowGroup
@@ -54,6 +54,7 @@ class ModelRunner:
         rotate_by_length(trunk, self._lengths_T)
         attach(experts, self._experts)
         self._joint = joint_layers(trunk)
+        self._shared_head = share_head(trunk)
         self._head = OutputHead(trunk)
         self._input_ids = torch.empty(0)
         """[1, T] of the last step."""
@@ -209,12 +210,15 @@ class ModelRunner:
             self.dispatcher.note(choices)
             return logits
         if not slices:
-            self.dispatcher.idle(self.layer_shapes, self._device, self._joint)
+            self.dispatcher.idle(self.layer_shapes, self._device, self._joint, self._shared_head)
             return torch.empty(0, 0, device=self._device)
         batch = StepBatch.build(slices, self._cache, self._device)
         batch.dispatcher = self.dispatcher
-        with step_context(batch), states_of(states):
-            return self._forward(slices)
+        try:
+            with step_context(batch), states_of(states):
+                return self._forward(slices)
+        finally:
+            self.dispatcher.leave_trunk()
 
     def _find_graph(
         self, slices: Sequence[SequenceSlice], tokens_per_rank: Sequence[int], *, keep: bool

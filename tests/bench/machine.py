@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from elastic_moe.cluster.expert_forms import weight_bytes
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.native import library
 from elastic_moe.model.native.linear import Packed, linear
 from elastic_moe.model.native.memory import allocate
+from elastic_moe.model.trunk.linear import NARROW_OUTPUTS
 
 MOST_S = 2.0
 """For the tries of one operation: PyTorch multiplies bfloat16 very slowly where the CPU has no instruction for it."""
@@ -79,7 +82,8 @@ def _best(run: Callable[[], Any], tries: int) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floor:
-    """A model whose weights are read once a step, at most, in bfloat16, and whose routing is uniform.
+    """A model whose weights are read once a step, at most, in the bytes that they are kept in, and whose routing is
+    uniform.
 
     Parameters are counted by what is run: `trunk` for every token, of `layers` x `experts` experts `top_k` per layer
     and token. Embeddings are looked up, not multiplied, and not counted.
@@ -91,11 +95,20 @@ class Floor:
     expert_parameters: int
     trunk_parameters: int
     kv_numbers_per_token: int
+    expert_weight_bytes: float = BF16
+    """Of a weight of an expert, with its share of scales and zero points."""
+    trunk_weight_bytes: float = BF16
+    """Of a weight of the trunk: the mean."""
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights that are multiplied."""
-        return BF16 * (self.trunk_parameters + self.layers * self.experts * self.expert_parameters)
+        return round(self._bytes(self.experts))
+
+    def _bytes(self, hit: float) -> float:
+        """Bytes of the trunk and of `hit` experts in each layer."""
+        experts = self.layers * hit * self.expert_parameters * self.expert_weight_bytes
+        return self.trunk_parameters * self.trunk_weight_bytes + experts
 
     @property
     def flop_per_token(self) -> float:
@@ -105,8 +118,7 @@ class Floor:
     def step_bytes(self, batch: int, context: int) -> float:
         """Bytes that a decode step of `batch` sequences of `context` tokens reads at least."""
         hit = self.experts * (1 - (1 - self.top_k / self.experts) ** batch)
-        weights = self.trunk_parameters + self.layers * hit * self.expert_parameters
-        return BF16 * (weights + batch * context * self.kv_numbers_per_token)
+        return self._bytes(hit) + BF16 * batch * context * self.kv_numbers_per_token
 
     def decode_step_ms(self, batch: int, context: int, machine: Machine) -> float:
         """The larger of the time to read and the time to multiply."""
@@ -117,13 +129,13 @@ class Floor:
         return machine.gemm_gflop_per_s * 1e9 / self.flop_per_token
 
 
-def floor_of(model: Path) -> Floor:
+def floor_of(model: Path, expert_dtype: str = "bfloat16", trunk_dtype: str = "bfloat16") -> Floor:
     """Of any checkpoint that can be served, from the model that transformers builds of its configuration.
 
     Matrices alone are counted: vectors, such as those of norms and biases, are next to nothing.
     """
     checkpoint = open_checkpoint(model)
-    shape, skeleton = checkpoint.shape, checkpoint.skeleton
+    shape, skeleton, info = checkpoint.shape, checkpoint.skeleton, checkpoint.info
     experts = {id(p) for name in shape.expert_modules for p in skeleton.get_submodule(name).parameters()}
     looked_up = skeleton.get_input_embeddings().weight
     output: Any = skeleton.get_output_embeddings()
@@ -131,13 +143,20 @@ def floor_of(model: Path) -> Floor:
     matrices = [p for p in skeleton.parameters() if p.dim() > 1]
     layers = len(shape.expert_modules)
     of_experts = sum(p.numel() for p in matrices if id(p) in experts and p.dim() > 2)
+    of_trunk = {id(p): p.numel() for p in matrices if id(p) not in skipped}
+    narrow = info.trunk_form(trunk_dtype, "bfloat16", "cpu")
+    linears = (m.weight for m in skeleton.modules() if isinstance(m, nn.Linear) and m.out_features >= NARROW_OUTPUTS)
+    rounded = sum(of_trunk[key] for key in {id(weight) for weight in linears} if key in of_trunk)
+    trunk = sum(of_trunk.values())
     return Floor(
         layers=layers,
         experts=shape.num_experts,
         top_k=shape.top_k,
         expert_parameters=of_experts // (layers * shape.num_experts),
-        trunk_parameters=sum(p.numel() for p in matrices if id(p) not in skipped),
+        trunk_parameters=trunk,
         kv_numbers_per_token=shape.kv_numbers,
+        expert_weight_bytes=weight_bytes(info.form(expert_dtype, "bfloat16", "cpu"), BF16),
+        trunk_weight_bytes=BF16 - (BF16 - weight_bytes(narrow, BF16)) * rounded / trunk,
     )
 
 

@@ -29,7 +29,7 @@ from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.data_plane import DataPlane
 from tests.bench.servers import gguf_of, run_tool
 from tests.bench.step import load_worker
-from tests.bench.workers import BLOCK
+from tests.bench.workers import BLOCK, dtypes
 from tests.model.packing import CASES, pack_checkpoint
 
 WINDOW = 160
@@ -109,7 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--forms", nargs="+", default=["int8", "int4"], help="values of --expert-dtype")
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        default=["int8", "int4"],
+        help="values of --expert-dtype, and after a + of --trunk-dtype: int4+int8",
+    )
     parser.add_argument("--formats", nargs="*", default=[], choices=CASES, help="formats of published checkpoints")
     parser.add_argument("--llama-cpp", type=Path, metavar="SOURCE", help="llama.cpp's source tree, built in build/")
     parser.add_argument("--llama-types", nargs="+", default=["q8_0", "q4_k_m"], help="its formats")
@@ -118,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = Tokenizer.load(str(args.model))
     names = [PLAIN, *args.forms]
-    workers = [load_worker(args.model, args.threads, dtype="bfloat16", expert_dtype=name) for name in names]
+    workers = [load_worker(args.model, args.threads, dtype="bfloat16", **dtypes(name)) for name in names]
     with tempfile.TemporaryDirectory() as packed:
         copies = in_formats(args.model, args.formats, Path(packed))
         workers += [load_worker(copy, args.threads, dtype="bfloat16") for copy in copies]

@@ -1,9 +1,9 @@
 """Steps of one worker in this process, without Ray: how near its arithmetic comes to what the machine allows.
 
 `python -m tests.bench.step --model DIR --threads 1` prints the median milliseconds of a decode step for several batch
-sizes, the tokens/s of a prefill, and the share of the memory or compute floor that is reached (Qwen3-MoE only). With
-EMOE_NATIVE=0 in the environment the same by PyTorch's operators. To be run alone on the machine, pinned to as many
-cores as there are threads.
+sizes, the tokens/s of a prefill, and the share of the memory or compute floor that is reached. Weights count in the
+bytes that --expert-dtype and --trunk-dtype keep them in. With EMOE_NATIVE=0 in the environment the same by PyTorch's
+operators. To be run alone on the machine, pinned to as many cores as there are threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 PROMPTS = (128, 512, 2048)
 
 
-def load_worker(path: Path, threads: int, *, dtype: str | None = None, expert_dtype: str = "auto") -> DataPlane:
+def load_worker(
+    path: Path, threads: int, *, dtype: str | None = None, expert_dtype: str = "auto", trunk_dtype: str = "auto"
+) -> DataPlane:
     """The whole model on one worker. dtype: the stored one if not given."""
     info = open_checkpoint(str(path)).info
     member = Worker(id=WorkerId("w0"), node="n", slots=info.num_logical_experts)
@@ -43,6 +45,7 @@ def load_worker(path: Path, threads: int, *, dtype: str | None = None, expert_dt
                 device="cpu",
                 max_model_len=min(4096, info.max_model_len),
                 expert_dtype=expert_dtype,
+                trunk_dtype=trunk_dtype,
             ),
             experts=tuple(placement.experts_of(member.id, layer) for layer in range(info.num_layers)),
             # much, so that windows of many sequences have blocks; no more memory is taken than is written to
@@ -83,12 +86,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--expert-dtype", default="auto")
+    parser.add_argument("--trunk-dtype", default="auto")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    floor = floor_of(args.model)
+    floor = floor_of(args.model, args.expert_dtype, args.trunk_dtype)
     machine = measure_machine(read_bytes=floor.weight_bytes)
     vocabulary = open_checkpoint(args.model).info.vocab_size
-    worker = load_worker(args.model, args.threads, expert_dtype=args.expert_dtype)
+    worker = load_worker(args.model, args.threads, expert_dtype=args.expert_dtype, trunk_dtype=args.trunk_dtype)
     print(", ".join(f"{key} {value}" for key, value in where_and_when().items()))
     print(
         f"{args.threads} threads read {machine.read_gb_per_s:.0f} GB/s, multiply {machine.gemm_gflop_per_s:.0f} GFLOP/s"

@@ -13,6 +13,7 @@ from tests.bench.machine import Floor, Machine, floor_of
 from tests.bench.processes import MODEL, cpu_between, purpose, share_beside_model
 from tests.bench.report import Run, at, better_peer, floor_table, load, report, save, serving_table
 from tests.model.families import tiny_checkpoint
+from tests.model.random_checkpoint import make_random_checkpoint
 
 MACHINE = Machine(read_gb_per_s=10.0, gemm_gflop_per_s=100.0)
 FLOOR = Floor(
@@ -90,6 +91,18 @@ def test_floor_of_a_model(
     assert floor_of(tiny_checkpoint(family, tmp_path_factory)) == Floor(
         layers=3, experts=8, top_k=2, expert_parameters=expert, trunk_parameters=trunk, kv_numbers_per_token=kv
     )
+
+
+def test_a_floor_counts_packed_bytes(tmp_path: Path) -> None:
+    path = make_random_checkpoint(tmp_path, "qwen3_moe", hidden=256, layers=2, experts=8, ff=64, top_k=2, vocab=512)
+    plain, packed = floor_of(path), floor_of(path, "int4", "int8")
+    # all but routers is rounded
+    routers = 2 * 8 * 256
+    rounded = plain.trunk_parameters - routers
+    assert packed.step_bytes(1, 0) == pytest.approx(
+        2 * routers + rounded * (1 + 4 / 128) + 2 * 2 * 3 * 64 * 256 * (0.5 + 2.5 / 32)
+    )
+    assert packed.flop_per_token == plain.flop_per_token
 
 
 def test_a_report_is_saved_and_read_again(tmp_path: Path) -> None:

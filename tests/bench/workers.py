@@ -44,6 +44,12 @@ LONGEST = 512
 EPOCH = Epoch(1)
 
 
+def dtypes(form: str) -> dict[str, str]:
+    """The settings of `int8` (experts in 8 bits) or `int4+int8` (experts in 4 bits, and the trunk in 8)."""
+    experts, _, trunk = form.partition("+")
+    return {"expert_dtype": experts, "trunk_dtype": trunk or "auto"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """`requests` of all workers together, each with a prompt of `context` tokens."""
@@ -203,11 +209,19 @@ class Setup:
     """Experts per layer for which a worker has memory; 0: all of its experts."""
     read_ahead: bool = False
     cache_dir: str | None = None
+    form: str = "auto"
+    """Of the weights: see `dtypes`."""
+
+    @property
+    def _in(self) -> str:
+        return "" if self.form == "auto" else f", {self.form}"
 
     def __str__(self) -> str:
         tiers = f", {self.device_experts} experts" if self.device_experts else ""
         ahead = ", read ahead" if self.read_ahead else ""
-        return f"{self.workers} x {self.threads} threads" + (", pinned" if self.pinned else "") + tiers + ahead
+        return (
+            f"{self.workers} x {self.threads} threads" + (", pinned" if self.pinned else "") + tiers + ahead + self._in
+        )
 
 
 def placed(info: ModelInfo, setup: Setup) -> placements.Placement:
@@ -238,7 +252,7 @@ def serve(path: str, setup: Setup, rank: int, group: str, cases: Sequence[Case],
     worker = DataPlane(
         WorkerSpec(
             worker=placement.workers[rank].id,
-            model=ModelSpec(path=path, dtype=info.dtype, device="cpu", max_model_len=LONGEST),
+            model=ModelSpec(path=path, dtype=info.dtype, device="cpu", max_model_len=LONGEST, **dtypes(setup.form)),
             experts=tuple(placement.resident(placement.workers[rank].id, layer) for layer in range(info.num_layers)),
             kv_cache_bytes=4 << 30,
             block_size=BLOCK,
@@ -316,6 +330,9 @@ def main() -> None:
     )
     parser.add_argument("--read-ahead", action="store_true", help="measure with and without reading ahead")
     parser.add_argument("--cache-dir", help="directory of the records; the default is the server's")
+    parser.add_argument(
+        "--forms", nargs="+", default=["auto"], help="of the experts' weights, and after a + of the trunk's: int4+int8"
+    )
     parser.add_argument("--pin", action="store_true", help="measure every set pinned to cores as well")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
@@ -327,7 +344,9 @@ def main() -> None:
             device_experts=device_experts,
             read_ahead=ahead,
             cache_dir=args.cache_dir,
+            form=form,
         )
+        for form in args.forms
         for n in args.workers
         for pinned in ([False, True] if args.pin else [False])
         for device_experts in args.device_experts
@@ -365,7 +384,7 @@ def main() -> None:
             kind = f"decode {case.requests:3}" if case.steps else f"prefill {case.requests * case.context}"
             tiers = f", {missed:.0%} missed, {read / 1e6:.1f} MB read, {1e3 * stall:.2f} ms stalled"
             told = f"  {1e3 * cpu:.2f} ms CPU" + (tiers if setup.device_experts else "")
-            print(f"{kind:13} {setup!s:22} {step:8.2f} ({waited:6.2f})  {ratio:5.2f}{told}")
+            print(f"{kind:13} {setup!s:33} {step:8.2f} ({waited:6.2f})  {ratio:5.2f}{told}")
 
 
 if __name__ == "__main__":

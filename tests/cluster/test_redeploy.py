@@ -36,6 +36,7 @@ def test_the_lists_name_settings_each_at_most_once() -> None:
         ({"data_parallel_size": 3}, True),
         ({"dtype": "float32"}, False),
         ({"expert_dtype": "int8"}, False),
+        ({"trunk_dtype": "int8"}, False),
         ({"max_num_seqs": 8}, False),
         ({"device": "cuda"}, False),
     ],

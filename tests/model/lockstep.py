@@ -80,6 +80,7 @@ class Lockstep:
         *,
         dtype: str = "float32",
         expert_dtype: str = "auto",
+        trunk_dtype: str = "auto",
         max_model_len: int = 128,
         kv_blocks: int | None = None,
         max_num_batched_tokens: int = 24,
@@ -125,7 +126,12 @@ class Lockstep:
             spec = WorkerSpec(
                 worker=member.id,
                 model=ModelSpec(
-                    path=str(path), dtype=dtype, device=device, max_model_len=max_model_len, expert_dtype=expert_dtype
+                    path=str(path),
+                    dtype=dtype,
+                    device=device,
+                    max_model_len=max_model_len,
+                    expert_dtype=expert_dtype,
+                    trunk_dtype=trunk_dtype,
                 ),
                 experts=tuple(self.placement.resident(member.id, layer) for layer in range(self.info.num_layers)),
                 block_size=block_size,

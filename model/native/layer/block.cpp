@@ -4,8 +4,8 @@
 // are the same that modules call one by one, in the same order, so the result has the same bits.
 //
 // A step of few tokens mostly reads matrices. Where one worker of a node alone has tokens, the others would only wait for
-// its hidden states. So they compute some columns of its products, each with its own copy of the trunk. A column does not
-// depend on who computes it.
+// its hidden states. So they compute some columns of its products and of its output head, each with its own copy of the
+// trunk. A column does not depend on who computes it.
 #include "layer/block.h"
 
 #include "layer/calls.h"
@@ -13,6 +13,8 @@
 
 #include <omp.h>
 
+#include <algorithm>
+#include <iterator>
 #include <vector>
 
 namespace emoe {
@@ -31,9 +33,9 @@ struct Products {
 
     // Computes a share of each product's panels.
     void compute(const bf16* x, int64_t tokens, bf16* out, int index, int shares, int threads) const {
-        for (int64_t i = 0; i < count; out += tokens * columns[i++])
-            linear_panels(x, tokens, depth, depth, matrices[i]->packed, columns[i], matrices[i]->bias, out,
-                          Share(panels(columns[i]), index, shares), threads);
+        Product products[3];
+        for (int64_t i = 0; i < count; out += tokens * columns[i++]) products[i] = {*matrices[i], columns[i], out};
+        linear_share(x, tokens, depth, depth, products, count, index, shares, threads);
     }
     // Copies what `compute` has written for such a share.
     void copy(const bf16* from, int64_t tokens, bf16* to, int index, int shares) const {
@@ -44,37 +46,37 @@ struct Products {
                 if (begin < end) std::memcpy(to + begin, from + begin, (end - begin) * sizeof(bf16));
         }
     }
-    // Whether question and answer have room where a segment's hidden states are.
+    // Whether question and answer have room where they lie.
     bool fit(int64_t tokens, const Layout& layout) const {
         int64_t all = 0;
         for (int64_t i = 0; i < count; ++i) all += columns[i];
-        return tokens * std::max(depth, all) <= layout.capacity * layout.hidden;
+        return tokens * depth <= layout.capacity * layout.hidden && tokens * all <= layout.answer_size();
     }
 };
 
-// The products of a block: those before attention (0), and the one after it (1).
+// The products of a block: those before attention (kBefore), and the one after it (kAfter).
 Products products_of(const Block& b, int number) {
-    if (number == 1) return {b.heads * b.value_size, 1, {&b.out}, {b.hidden}};
+    if (number == kAfter) return {b.heads * b.value_size, 1, {&b.out}, {b.hidden}};
     return {b.hidden, 3, {&b.query, &b.key, &b.value},
             {b.heads * b.key_size, b.key_heads * b.key_size, b.key_heads * b.value_size}};
 }
+Products products_of(const Head& head) { return {head.depth, 1, {&head.matrix}, {head.columns}}; }
 
 int bits_of(uint64_t mask) { return __builtin_popcountll(mask); }
 
-// Computes the products of a block, with those ranks that wait for the question.
-int multiply(const Block& block, int number, const bf16* x, int64_t tokens, bf16* out, Exchange* exchange, int threads) {
-    const Products products = products_of(block, number);
+// Computes products, with those ranks that wait for the question of this number.
+int multiply(const Products& products, int number, const bf16* x, int64_t tokens, bf16* out, Exchange* exchange, int threads) {
     uint64_t helpers = 0;
     uint32_t question = 0;
-    if (exchange != nullptr && products.fit(tokens, exchange->layout)) {
+    if (exchange != nullptr && tokens > 0 && products.fit(tokens, exchange->layout)) {
         question = exchange->question(number);
         helpers = exchange->ready_for(question);
     }
     if (helpers != 0) {
         const Segment& own = exchange->segments[exchange->rank];
         std::memcpy(own.rows(), x, tokens * products.depth * sizeof(bf16));
-        own.header().helpers = helpers;
-        exchange->publish(own.header().asked, question);
+        own.header().asked_rows = tokens;
+        exchange->ask(question, helpers);
     }
     const int shares = 1 + bits_of(helpers);
     products.compute(x, tokens, out, 0, shares, threads);
@@ -82,27 +84,35 @@ int multiply(const Block& block, int number, const bf16* x, int64_t tokens, bf16
     for (int64_t peer = 0; helpers >> peer != 0 && peer < 64; ++peer) {
         if (!(helpers >> peer & 1)) continue;
         if (const int status = exchange->wait_for_answer(peer, question)) return status;
-        products.copy(exchange->segments[peer].rows(), tokens, out, ++index, shares);
+        products.copy(exchange->segments[peer].answer(), tokens, out, ++index, shares);
     }
+    return kDone;
+}
+
+// Helps the rank `asker` with products, if it asks the question of this number.
+int help(const Products& products, int number, Exchange& exchange, int64_t asker, int threads) {
+    const Segment &from = exchange.segments[asker], &own = exchange.segments[exchange.rank];
+    const uint32_t question = exchange.question(number);
+    bool mine = false;
+    if (const int status = exchange.wait_for_question(asker, question, mine)) return status;
+    if (!mine) return kDone;
+    const uint64_t helpers = from.header().helpers;
+    const int index = 1 + bits_of(helpers & ((uint64_t(1) << exchange.rank) - 1));
+    products.compute(from.rows(), from.header().asked_rows, own.answer(), index, 1 + bits_of(helpers), threads);
+    exchange.publish(own.header().answered, question);
     return kDone;
 }
 
 } // namespace
 
 int help_with_block(const Block& block, Exchange& exchange, int64_t asker, int threads) {
-    const Segment &from = exchange.segments[asker], &own = exchange.segments[exchange.rank];
-    const int64_t tokens = exchange.step_tokens[asker];
-    for (int number = 0; number < 2; ++number) {
-        const uint32_t question = exchange.question(number);
-        bool mine = false;
-        if (const int status = exchange.wait_for_question(asker, question, mine)) return status;
-        if (!mine) continue;
-        const uint64_t helpers = from.header().helpers;
-        const int index = 1 + bits_of(helpers & ((uint64_t(1) << exchange.rank) - 1));
-        products_of(block, number).compute(from.rows(), tokens, own.rows(), index, 1 + bits_of(helpers), threads);
-        exchange.publish(own.header().answered, question);
-    }
+    for (int number : {kBefore, kAfter})
+        if (const int status = help(products_of(block, number), number, exchange, asker, threads)) return status;
     return kDone;
+}
+
+int help_with_head(const Head& head, Exchange& exchange, int64_t asker, int threads) {
+    return help(products_of(head), kHead, exchange, asker, threads);
 }
 
 int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int threads) {
@@ -116,7 +126,7 @@ int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int thr
     const bool shared = threads > 1 && tokens >= 16;
 #pragma omp parallel for num_threads(threads) if (shared)
     for (int64_t t = 0; t < tokens; ++t) b.before(step.x + t * b.hidden, b.hidden, step.normed + t * b.hidden);
-    if (const int status = multiply(b, 0, step.normed, tokens, q, exchange, threads)) return status;
+    if (const int status = multiply(products_of(b, kBefore), kBefore, step.normed, tokens, q, exchange, threads)) return status;
 #pragma omp parallel for num_threads(threads) if (shared)
     for (int64_t t = 0; t < tokens; ++t) {
         b.query_norm(q + t * wide, wide, q + t * wide);
@@ -130,7 +140,7 @@ int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int thr
     const int64_t strides[6] = {b.key_size, wide, b.key_size, narrow, b.value_size, values_wide};
     emoe_attention(q, k, v, strides, b.heads, b.key_heads, b.key_size, b.value_size, step.keys, step.values, step.block_size,
                    step.sequences, step.num_sequences, step.tables, b.scale, step.window, 0.f, b.sinks, attended, threads);
-    if (const int status = multiply(b, 1, attended, tokens, step.sum, exchange, threads)) return status;
+    if (const int status = multiply(products_of(b, kAfter), kAfter, attended, tokens, step.sum, exchange, threads)) return status;
 #pragma omp parallel for num_threads(threads) if (shared)
     for (int64_t t = 0; t < tokens; ++t) {
         bf16* row = step.sum + t * b.hidden;
@@ -157,5 +167,15 @@ extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, co
                        sum, normed}, nullptr, threads);
 }
 
+// Computes the output head of the last layer's tokens, x [rows, depth], on the rank that may ask others for help in this
+// step, or without help on any other. Returns a Status.
+extern "C" int emoe_head(Exchange* exchange, const Head* head, const bf16* x, int64_t rows, bf16* out, int threads) {
+    const bool helped = exchange->asker() == exchange->rank;
+    return multiply(products_of(*head), kHead, x, rows, out, helped ? exchange : nullptr, threads);
+}
+
 // Writes the bytes of the structures that model/native/structs.py mirrors, in its order.
-extern "C" void emoe_block_sizes(int64_t* sizes) { sizes[0] = sizeof(Norm); sizes[1] = sizeof(Matrix); sizes[2] = sizeof(Block); }
+extern "C" void emoe_block_sizes(int64_t* sizes) {
+    const int64_t all[] = {sizeof(Norm), sizeof(Matrix), sizeof(Block), sizeof(Head)};
+    std::copy(std::begin(all), std::end(all), sizes);
+}

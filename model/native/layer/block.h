@@ -3,6 +3,7 @@
 
 #include "moe/exchange.h"
 #include "layer/trunk.h"
+#include "products/linear.h"
 
 namespace emoe {
 
@@ -17,10 +18,6 @@ struct Norm {
         for (int64_t at = 0; weight != nullptr && at < count; at += size)
             norm_row(from + at, size, weight, epsilon, rounds, to + at);
     }
-};
-
-struct Matrix {
-    const bf16 *packed, *bias;
 };
 
 struct Block {
@@ -44,10 +41,19 @@ struct BlockStep {
     bf16 *sum, *normed;
 };
 
+// The trunk's last linear layer, which makes logits. model/native/structs.py mirrors it.
+struct Head {
+    int64_t depth, columns;
+    Matrix matrix;
+};
+
 // Computes a block. `exchange` is null where no other rank may help. Returns a Status.
 int run_block(const Block& block, const BlockStep& step, Exchange* exchange, int threads);
 
 // Helps the rank `asker` with a block, if it asks before the layer's experts run. Returns a Status.
 int help_with_block(const Block& block, Exchange& exchange, int64_t asker, int threads);
+
+// The same with the output head. It waits until the asker has asked, or has declined help (emoe_exchange_decline).
+int help_with_head(const Head& head, Exchange& exchange, int64_t asker, int threads);
 
 } // namespace emoe

@@ -15,7 +15,7 @@ void emoe_attention(const emoe::bf16* query, const emoe::bf16* key, const emoe::
                     emoe::bf16* values, int64_t block_size, const void* sequences, int64_t num_sequences,
                     const int32_t* tables, float scale, int64_t window, float softcap, const float* sinks,
                     emoe::bf16* out, int threads);
-void emoe_linear(const emoe::bf16* x, int64_t rows, int64_t stride, int64_t depth, const emoe::bf16* packed,
+void emoe_linear(const emoe::bf16* x, int64_t rows, int64_t stride, int64_t depth, const void* packed, int form,
                  int64_t columns, const emoe::bf16* bias, emoe::bf16* out, int threads);
 void emoe_linear_wide(const emoe::bf16* x, int64_t rows, int64_t stride, int64_t depth, const emoe::bf16* packed,
                       int64_t columns, float* out, int threads);

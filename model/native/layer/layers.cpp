@@ -81,16 +81,17 @@ extern "C" int emoe_layers(const Layer* layers, const Experts* experts, int64_t 
 }
 
 // Computes the experts of `count` layers for the other workers' tokens, on a worker that has no tokens in this step. It
-// helps with the blocks of `layers`, unless that is null.
-extern "C" int emoe_layers_idle(const Layer* layers, const Experts* experts, int64_t count, Exchange* exchange, int threads) {
-    const int64_t asker = layers == nullptr ? -1 : exchange->asker();
+// helps with the blocks of `layers` and then with `head`, unless they are null.
+extern "C" int emoe_layers_idle(const Layer* layers, const Experts* experts, int64_t count, Exchange* exchange,
+                                const Head* head, int threads) {
+    const int64_t asker = exchange == nullptr ? -1 : exchange->asker();
     for (int64_t n = 0; n < count; ++n) {
-        if (asker >= 0)
+        if (asker >= 0 && layers != nullptr)
             if (const int status = help_with_block(*layers[n].block, *exchange, asker, threads)) return status;
         if (const int status = run_experts(experts[n], exchange, nullptr, 0, 0, 0, nullptr, nullptr, nullptr, threads))
             return status;
     }
-    return 0;
+    return asker >= 0 && head != nullptr ? help_with_head(*head, *exchange, asker, threads) : kDone;
 }
 
 // Writes the bytes of the structures that model/native/structs.py mirrors, in its order.

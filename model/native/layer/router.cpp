@@ -1,6 +1,6 @@
 // Chooses the experts of each token: computes the scores of all experts, takes the best few, and normalises their scores.
 #include "layer/calls.h"
-#include "vector.h"
+#include "products/forms.h"
 
 #include <omp.h>
 
@@ -137,7 +137,7 @@ extern "C" void emoe_route_scored(const bf16* x, int64_t rows, int64_t depth, co
 // its `top_k` largest values and their experts. If `normalise`, the scores of a row are scaled to add up to 1.
 extern "C" void emoe_route(const bf16* x, int64_t rows, int64_t depth, const bf16* packed, const bf16* bias, int64_t experts,
                            int64_t top_k, int normalise, bf16* logits, float* scores, int64_t* index, int threads) {
-    emoe_linear(x, rows, depth, depth, packed, experts, bias, logits, threads);
+    emoe_linear(x, rows, depth, depth, packed, kBits16, experts, bias, logits, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows >= 16)
     {
         std::vector<float> row(experts);

@@ -87,6 +87,12 @@ int64_t Exchange::asker() const {
     return layout.size > 1 && layout.size <= 64 ? found : -1;
 }
 
+void Exchange::ask(uint32_t question, uint64_t helpers) {
+    Header& own = segments[rank].header();
+    own.helpers = helpers;
+    publish(own.asked, question);
+}
+
 uint64_t Exchange::ready_for(uint32_t question) const {
     uint64_t ranks = 0;
     for (int64_t peer = 0; peer < layout.size; ++peer)
@@ -149,6 +155,13 @@ extern "C" int emoe_exchange_meet(Exchange* exchange) {
 // Begins a step in which each rank runs `tokens` [size] tokens.
 extern "C" void emoe_exchange_begin(Exchange* exchange, const int64_t* tokens) {
     exchange->step_tokens.assign(tokens, tokens + exchange->layout.size);
+}
+
+// Ends a step on a rank that may have asked for help with its output head: who waits for that question goes on.
+extern "C" void emoe_exchange_decline(Exchange* exchange) {
+    const uint32_t question = exchange->question(kHead);
+    const Header& own = exchange->segments[exchange->rank].header();
+    if (exchange->asker() == exchange->rank && int32_t(own.asked.value.load() - question) < 0) exchange->ask(question, 0);
 }
 
 // Writes the nanoseconds that this rank has waited since the last call: for peers' tokens, and for their sums.

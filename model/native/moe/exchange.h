@@ -11,7 +11,8 @@
 //
 // Where one rank alone has tokens in a step, and few of them, the others help it with the matrices of its trunk, which every
 // rank has: it asks a question, and each rank that waits for it computes a share of the columns (block.cpp). A question lies
-// where the asking rank's hidden states lie later, and an answer where the helper's would, if it had tokens.
+// where the asking rank's hidden states lie later, and an answer where the helper's partial sums do: these are read before,
+// and are written again when the asking rank has published further tokens, so when it has read the answer.
 #pragma once
 
 #include <atomic>
@@ -37,6 +38,7 @@ struct alignas(kLine) Header {
     Word asked;    // the last question of this rank
     Word answered; // the last question that this rank has answered
     std::atomic<uint64_t> helpers; // a mask of the ranks that the question is for
+    int64_t asked_rows; // rows of the question
 };
 
 // kMissing: an expert could not be read, and the step fails on this rank. It is kUnavailable of experts.h.
@@ -51,6 +53,7 @@ struct Layout {
     int64_t weights_at() const { return choices_at() + lines(capacity * top_k * 4); }
     int64_t rows_at() const { return weights_at() + lines(capacity * top_k * 4); }
     int64_t sums_at() const { return rows_at() + lines(capacity * hidden * 2); }
+    int64_t answer_size() const { return size * capacity * hidden * 2; } // numbers in 16 bits that an answer may have
     int64_t total() const { return sums_at() + size * capacity * hidden * 4; }
     static int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 };
@@ -66,8 +69,12 @@ struct Segment {
     float* weights() const { return (float*)(base + layout.weights_at()); }
     uint16_t* rows() const { return (uint16_t*)(base + layout.rows_at()); }
     float* all_sums() const { return (float*)(base + layout.sums_at()); }
+    uint16_t* answer() const { return (uint16_t*)all_sums(); }
     float* sums(int64_t rank) const { return all_sums() + sums_begin()[rank] * layout.hidden; }
 };
+
+// The questions between two rounds, in their order: the output head of the step before, and the products of a block.
+enum Question : int { kHead = 0, kBefore = 1, kAfter = 2 };
 
 struct Exchange {
     int64_t rank;
@@ -88,11 +95,12 @@ struct Exchange {
 
     // The rank that may ask the others in this step, or -1.
     int64_t asker() const;
-    // The number of a layer's question, before its experts run. Each layer has two questions, 0 and 1.
-    uint32_t question(int number) const { return 2 * (round + 1) + number; }
+    // The number of a question. Numbers ascend from question to question and from round to round.
+    uint32_t question(int which) const { return 3 * (round + 1) + which; }
+    void ask(uint32_t question, uint64_t helpers);
     // A mask of the ranks that wait for a question.
     uint64_t ready_for(uint32_t question) const;
-    // Waits until a peer has asked the question, a later one, or none and gone on to the layer's experts. `mine` becomes
+    // Waits until a peer has asked the question, a later one, or none and gone on to the next round. `mine` becomes
     // whether it has asked the question, and this rank is to help.
     Status wait_for_question(int64_t peer, uint32_t question, bool& mine);
     Status wait_for_answer(int64_t peer, uint32_t question);

@@ -1,7 +1,6 @@
 #include "moe/experts.h"
 
-#include "products/gemm4.h"
-#include "products/gemmf8.h"
+#include "products/forms.h"
 
 #include <omp.h>
 
@@ -68,82 +67,6 @@ Floats gated(const Layer& layer, Floats gate, Floats up) {
     const Floats sigmoid = rounded(over_logistic(one, rounded(mul(gate, all(layer.alpha)))));
     return mul(rounded(add(up, one)), rounded(mul(gate, sigmoid)));
 }
-
-// Weights in bfloat16, and the rows that they are multiplied with, also in bfloat16.
-struct Bits16 {
-    using Row = const bf16*;
-    // Brings an expert's rows into the form that `multiply` is fastest with. They may then lie in `memory`.
-    static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
-        if (tiles_used && !evenly_spaced(rows.size(), rows.data())) copy(rows, depth, memory);
-    }
-    // Copies rows, and fills them up with zeros to a multiple of 32 of K. A tile may read past the last one.
-    static void copy(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
-        constexpr int64_t kMost = 2 * kTileRows; // rows that a product reads at a time
-        const int64_t size = depth * sizeof(bf16), filled = (size + kTileBytes - 1) / kTileBytes * kTileBytes;
-        // rows that are a power of 2 apart would share few places of the cache
-        const int64_t stride = filled + kTileBytes, count = (rows.size() + kMost - 1) / kMost * kMost;
-        if (int64_t(memory.size()) < count * stride + kTileBytes) memory.resize(count * stride + kTileBytes);
-        char* to = (char*)((uintptr_t(memory.data()) + kTileBytes - 1) / kTileBytes * kTileBytes);
-        for (Row& row : rows) {
-            std::memcpy(to, row, size);
-            std::memset(to + size, 0, filled - size);
-            row = (Row)to;
-            to += stride;
-        }
-    }
-    struct Rows {
-        const bf16* data;
-        int64_t depth;
-        void resize(int64_t, int64_t size) { depth = size; }
-        void set(int64_t, const bf16*) {}
-        Row at(int64_t row) const { return data + row * depth; }
-    };
-    static int64_t panel_bytes(int64_t depth) { return panel_size(depth) * sizeof(bf16); }
-    static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
-        multiply_chunk(count, rows, depth, (const bf16*)panel, sums, fetch);
-    }
-};
-
-// Weights in 8-bit floats (gemmf8.h), and rows in bfloat16.
-struct Floats8 : Bits16 {
-    static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
-        if (tiles_used) copy(rows, depth, memory);
-    }
-    static int64_t panel_bytes(int64_t depth) { return panel_bytes8(depth); }
-    static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
-        multiply_chunk_f8(count, rows, depth, (const int8_t*)panel, sums, fetch);
-    }
-};
-
-// Weights in 8 bits, and the rows that they are multiplied with, in 16 bits (wide.h).
-struct Bits8 {
-    using Row = Row8;
-    using Rows = Rows8;
-    static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
-#ifdef EMOE_TILES
-        if (tiles_used && int64_t(rows.size()) > kFewTiles8) take_apart(rows, depth, memory);
-#endif
-    }
-    static int64_t panel_bytes(int64_t depth) { return panel_bytes8(depth); }
-    static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
-        multiply_chunk8(count, rows, depth, (const int8_t*)panel, sums, fetch);
-    }
-};
-
-// Weights in 4 bits (gemm4.h), and rows as for 8 bits.
-template <bool TABLE, bool HALF> struct Bits4 {
-    using Row = Row8;
-    using Rows = Rows8;
-    static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
-#ifdef EMOE_TILES
-        if (tiles_used && int64_t(rows.size()) > kFewTiles4) take_apart4(rows, depth, memory);
-#endif
-    }
-    static int64_t panel_bytes(int64_t depth) { return panel_bytes4(depth, TABLE); }
-    static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
-        multiply_chunk4<TABLE, HALF>(count, rows, depth, panel, sums, fetch);
-    }
-};
 
 // The rows of one expert, as `multiply` takes them. Each thread keeps those of the expert that it computes.
 template <class Bits> struct Gathered {
@@ -355,18 +278,15 @@ int sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choice
     const int64_t needed = int64_t(sorted.row.size()) * layer.width;
     if (int64_t(scratch.size()) < needed) scratch.resize(needed);
     std::memset(out, 0, rows * layer.hidden * sizeof(float));
-    const auto narrow = [&](auto bits) {
-        return sum_any<decltype(bits)>(layer, x8, x, rows, hidden8, scratch.data(), sorted, out, threads);
-    };
-    switch (layer.bits) {
-    case kInt8: return narrow(Bits8{});
-    case kInt4: return narrow(Bits4<false, false>{});
-    case kInt4Half: return narrow(Bits4<false, true>{});
-    case kE2m1Codes: return narrow(Bits4<true, false>{});
-    }
-    Bits16::Rows x16{x, 0}, hidden16{scratch.data(), 0};
-    if (layer.bits == kE4m3) return sum_any<Floats8>(layer, x16, x, rows, hidden16, scratch.data(), sorted, out, threads);
-    return sum_any<Bits16>(layer, x16, x, rows, hidden16, scratch.data(), sorted, out, threads);
+    return with_form(layer.bits, [&](auto bits) {
+        using Bits = decltype(bits);
+        if constexpr (std::is_same_v<typename Bits::Row, Row8>)
+            return sum_any<Bits>(layer, x8, x, rows, hidden8, scratch.data(), sorted, out, threads);
+        else {
+            Bits16::Rows x16{x, 0}, hidden16{scratch.data(), 0};
+            return sum_any<Bits>(layer, x16, x, rows, hidden16, scratch.data(), sorted, out, threads);
+        }
+    });
 }
 
 } // namespace emoe

@@ -19,10 +19,6 @@ struct Supply {
     void note(const int64_t* experts, int64_t count);
 };
 
-// Forms of weights: bfloat16 (gemm.h), integers of 8 bits (gemm8.h), floats of 8 bits (gemmf8.h), and 4 bits (gemm4.h) with
-// scales in bfloat16 or in float16, or with E2M1 codes. model/native/experts.py has the same numbers.
-enum { kInt4 = 4, kInt4Half = 5, kE2m1Codes = 6, kE4m3 = 7, kInt8 = 8, kBits16 = 16 };
-
 // What is made of gate and up, which `limit` clamps first. The last one has no gate: relu(up) squared.
 enum {
     kSilu = 0,  // silu(gate) * up
@@ -39,7 +35,7 @@ struct Layer {
     const void* const* gate_up_bias;
     const void* const* down;
     const void* const* down_bias;
-    int bits;        // the form of weights, one of those below
+    int bits;        // the form of weights, one of those in forms.h
     int interleaved; // 1: gate and up are the even and the odd entries of a bias; 0: its halves
     int gate;        // one of those above
     float alpha, limit;

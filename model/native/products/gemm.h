@@ -176,11 +176,12 @@ inline void multiply_chunk(int64_t count, const bf16* const* rows, int64_t depth
     }
 }
 
-// Panels that are multiplied with the same rows before the next rows. The matrix unit is so fast that it would wait for
-// rows, if only one panel were multiplied with them while they are in L2. 512 KB of panels leave room for rows there.
-inline int64_t panels_together(int64_t depth) {
+// Panels of `bytes` each that are multiplied with the same rows before the next rows. The matrix unit is so fast that it
+// would wait for rows, if only one panel were multiplied with them while they are in L2. 512 KB of panels leave room for
+// rows there.
+inline int64_t panels_together(int64_t bytes) {
     constexpr int64_t kTogether = 512 << 10;
-    return tiles_used ? std::max<int64_t>(1, kTogether / int64_t(panel_size(depth) * sizeof(bf16))) : 1;
+    return tiles_used ? std::max<int64_t>(1, kTogether / bytes) : 1;
 }
 
 // The items [begin, end) of `count` that thread `index` of `threads` computes.
@@ -188,9 +189,5 @@ struct Share {
     int64_t begin, end;
     Share(int64_t count, int index, int threads) : begin(count * index / threads), end(count * (index + 1) / threads) {}
 };
-
-// Computes the panels `share` of a linear layer: see linear.cpp.
-void linear_panels(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed, int64_t columns,
-                   const bf16* bias, bf16* out, Share share, int threads);
 
 } // namespace emoe

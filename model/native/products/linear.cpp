@@ -1,4 +1,6 @@
 // Packs matrices into panels, unpacks them, and computes a linear layer.
+#include "products/linear.h"
+
 #include "products/gemm8.h"
 #include "products/panels.h"
 
@@ -67,27 +69,65 @@ extern "C" void emoe_unpack8(const int8_t* packed, int64_t columns, int64_t dept
         }
 }
 
+// Copies rows of a matrix in the panels of emoe_pack8, as bfloat16 numbers: out [count, depth].
+extern "C" void emoe_rows8(const int8_t* packed, int64_t depth, const int64_t* rows, int64_t count, bf16* out, int threads) {
+    const int64_t size = panel_bytes8(depth);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && count >= 16)
+    for (int64_t i = 0; i < count; ++i) {
+        const int8_t* panel = packed + rows[i] / kPanel * size;
+        const int64_t c = rows[i] % kPanel;
+        for (int64_t begin = 0; begin < depth; begin += kGroup) {
+            const int64_t steps = std::min(kGroup, depth - begin);
+            const float scale = ((const float*)(panel + steps * kPanel))[c];
+            alignas(64) float values[kGroup];
+            for (int64_t k = 0; k < steps; ++k) values[k] = scale * panel[k / 2 * 2 * kPanel + c * 2 + k % 2];
+            for (int64_t k = 0; k < steps; k += 16)
+                store(out + i * depth + begin + k, load(values + k), lanes_before(k, steps));
+            panel += steps * kPanel + kPanel * sizeof(float);
+        }
+    }
+}
+
 namespace {
 
+// Rows of x, as the products of a form take them. Their memory is kept from call to call, since fresh memory costs page
+// faults.
+template <class Bits> const std::vector<typename Bits::Row>& rows_of(const bf16* x, int64_t rows, int64_t stride, int64_t depth,
+                                                                     int threads) {
+    thread_local std::vector<typename Bits::Row> at;
+    thread_local std::vector<char> memory;
+    at.resize(rows);
+    if constexpr (std::is_same_v<typename Bits::Row, Row8>) {
+        thread_local Rows8 narrow;
+        narrow.resize(rows, depth);
+        Rows8& all = narrow; // the other threads have a thread_local of their own
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 16)
+        for (int64_t r = 0; r < rows; ++r) all.set(r, x + r * stride);
+        for (int64_t r = 0; r < rows; ++r) at[r] = narrow.at(r);
+    } else
+        for (int64_t r = 0; r < rows; ++r) at[r] = x + r * stride;
+    Bits::prepare(at, depth, memory);
+    return at;
+}
+
 // Computes the panels `share` of a linear layer: out [rows, columns] = x [rows, depth] times the packed matrix, plus the bias
-// unless it is null. Rows of x lie `stride` elements apart. Sums are in float32, and are rounded if `out` is bfloat16.
-template <class Out>
-void linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed, int64_t columns,
-            const bf16* bias, Out* out, Share share, int threads) {
-    std::vector<const bf16*> at(rows);
-    for (int64_t r = 0; r < rows; ++r) at[r] = x + r * stride;
+// unless it is null. Sums are in float32, and are rounded if `out` is bfloat16.
+template <class Bits, class Out>
+void linear(const std::vector<typename Bits::Row>& x, int64_t depth, const char* packed, int64_t columns, const bf16* bias,
+            Out* out, Share share, int threads) {
+    const int64_t rows = x.size(), size = Bits::panel_bytes(depth);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         alignas(64) float sums[kChunk * kPanel];
         Share mine(share.end - share.begin, omp_get_thread_num(), omp_get_num_threads());
         mine.begin += share.begin;
         mine.end += share.begin;
-        const int64_t together = panels_together(depth);
+        const int64_t together = panels_together(size);
         for (int64_t group = mine.begin; group < mine.end; group += together)
             for (int64_t first = 0; first < rows; first += kChunk) {
                 const int64_t count = std::min(kChunk, rows - first);
                 for (int64_t p = group; p < std::min(mine.end, group + together); ++p) {
-                    multiply_chunk(count, at.data() + first, depth, packed + p * panel_size(depth), sums, first == 0);
+                    Bits::multiply(count, x.data() + first, depth, packed + p * size, sums, first == 0);
                     for (int64_t c = p * kPanel; c < std::min(columns, (p + 1) * kPanel); c += 16) {
                         const Lanes lanes = lanes_before(c, columns);
                         const Floats shift = bias == nullptr ? zero() : load(bias + c, lanes);
@@ -103,20 +143,31 @@ void linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf
 
 } // namespace
 
-void emoe::linear_panels(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed, int64_t columns,
-                         const bf16* bias, bf16* out, Share share, int threads) {
-    linear(x, rows, stride, depth, packed, columns, bias, out, share, threads);
+void emoe::linear_share(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const Product* products, int64_t count,
+                        int index, int shares, int threads) {
+    for (int64_t i = 0; i < count;)
+        with_form(products[i].matrix.form, [&](auto bits) {
+            using Bits = decltype(bits);
+            const auto& at = rows_of<Bits>(x, rows, stride, depth, threads);
+            for (const int64_t form = products[i].matrix.form; i < count && products[i].matrix.form == form; ++i) {
+                const Product& p = products[i];
+                linear<Bits>(at, depth, (const char*)p.matrix.packed, p.columns, p.matrix.bias, p.out,
+                             Share(panels(p.columns), index, shares), threads);
+            }
+        });
 }
 
-extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
+extern "C" void emoe_linear(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const void* packed, int form,
                             int64_t columns, const bf16* bias, bf16* out, int threads) {
-    linear(x, rows, stride, depth, packed, columns, bias, out, Share(panels(columns), 0, 1), threads);
+    const Product product{{packed, bias, form}, columns, out};
+    linear_share(x, rows, stride, depth, &product, 1, 0, 1, threads);
 }
 
-// As emoe_linear, without a rounding of the sums.
+// As emoe_linear in bfloat16, without a rounding of the sums.
 extern "C" void emoe_linear_wide(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const bf16* packed,
                                  int64_t columns, float* out, int threads) {
-    linear<float>(x, rows, stride, depth, packed, columns, nullptr, out, Share(panels(columns), 0, 1), threads);
+    linear<Bits16>(rows_of<Bits16>(x, rows, stride, depth, threads), depth, (const char*)packed, columns, nullptr, out,
+                   Share(panels(columns), 0, 1), threads);
 }
 
 // A product for each head: out = x times that head's packed matrix. Heads and rows of x and out lie at strides, in

@@ -30,6 +30,7 @@ def test_members_take_on_placements_and_choose_the_same_experts_under_each(tmp_p
         path=str(checkpoint),
         dtype="float32",
         expert_dtype="auto",
+        trunk_dtype="auto",
         first=first,
         group=f"emoe-test-{uuid.uuid4().hex[:8]}",
         tokens=41,

@@ -17,15 +17,22 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.model.int8 import quantize
 from elastic_moe.model.native.attention import Rules, attend_apart
 from elastic_moe.model.native.experts import NativeExperts
-from elastic_moe.model.native.linear import linear, pack
+from elastic_moe.model.native.linear import linear, pack, pack8
 from tests.model.native.test_experts import GATES, draw, expert, in_form, module, routing
 from tests.paths import ROOT
 
 library_module = import_module("elastic_moe.model.native.library")
 """Not the function of that name."""
-SOURCES = ("moe/experts.cpp", "products/four_bits.cpp", "products/linear.cpp", "products/tiles.cpp")
+SOURCES = (
+    "moe/experts.cpp",
+    "products/forms.cpp",
+    "products/four_bits.cpp",
+    "products/linear.cpp",
+    "products/tiles.cpp",
+)
 FLOATS = (ExpertForm.PLAIN, ExpertForm.FP8)
 """Forms whose sums are of floats, which differ in their last bits. Sums of integers are exact."""
 NEITHER, OFF, ON = -1, 0, 1
@@ -116,6 +123,20 @@ def test_products_are_the_same_without_the_matrix_unit(
     assert torch.equal(alone, without[-1:])
 
 
+@pytest.mark.parametrize(("rows", "depth"), [(1, 30), (4, 128), (5, 128), (101, 1054)])
+def test_products_with_8_bits_have_the_same_bits_everywhere(
+    lib: ctypes.CDLL, avx2: ctypes.CDLL, rows: int, depth: int
+) -> None:
+    x, matrix, bias = draw(1, rows, depth), quantize(draw(2, 200, depth)), draw(3, 200)
+    packed = pack8(lib, *matrix)
+    outputs = [linear(x, pack8(half, *matrix), bias) for half in (lib, avx2)]
+    if lib.emoe_tiles(NEITHER):
+        lib.emoe_tiles(OFF)
+        outputs.append(linear(x, packed, bias))
+        lib.emoe_tiles(ON)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
 @pytest.mark.parametrize(("queries", "key_size", "value_size"), [(1, 64, 64), (40, 128, 80), (40, 24, 16)])
 def test_attention_is_the_same_without_the_matrix_unit(
     lib: ctypes.CDLL,
@@ -150,7 +171,7 @@ memory = ctypes.create_string_buffer(6144)
 ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 6144)), None)
 import torch
 from elastic_moe.model.native import library
-from elastic_moe.model.native.linear import linear, pack
+from elastic_moe.model.native.linear import linear, pack, pack8
 lib = library()
 x = torch.ones(40, 64, dtype=torch.bfloat16)
 print(lib.emoe_tiles(-1), lib.emoe_tiles(1), bool((linear(x, pack(lib, x), None) == 64).all()))

@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.model.native.linear import PackedHeads, can_pack, linear, pack, unpack
+from elastic_moe.model.int8 import GROUP, quantize
+from elastic_moe.model.native.linear import Packed, PackedHeads, can_pack, linear, pack, pack8, rows, unpack
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 150).map(lambda half: 2 * half))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -38,15 +39,46 @@ def test_products_are_right_to_a_rounding(lib: ctypes.CDLL, shape: tuple[int, in
     assert ((linear(x, pack(lib, weight), bias).double() - expected).abs() <= bound).all()
 
 
-@given(shapes, st.data())
+def narrow(lib: ctypes.CDLL, weight: torch.Tensor) -> tuple[Packed, torch.Tensor]:
+    """The matrix in 8 bits, and its values."""
+    values, scales = quantize(weight)
+    return pack8(lib, values, scales), values * scales.repeat_interleave(GROUP, 1)[:, : weight.shape[1]].double()
+
+
+@given(shapes, st.booleans())
+@quick
+def test_products_with_8_bits_are_right_to_a_rounding(
+    lib: ctypes.CDLL, shape: tuple[int, int, int], biased: bool
+) -> None:
+    count, columns, depth = shape
+    x, (packed, weight) = draw(1, count, depth), narrow(lib, draw(2, columns, depth))
+    bias = draw(3, columns) if biased else None
+    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+    # rows are rounded to 2^-14 of the largest number of their group
+    bound = expected.abs() * 2**-8 + depth**0.5 * 2**-9
+    assert ((linear(x, packed, bias).double() - expected).abs() <= bound).all()
+
+
+@given(st.integers(1, 300), st.integers(1, 200).map(lambda half: 2 * half))
+@quick
+def test_rows_of_a_matrix_in_8_bits_are_what_products_find(lib: ctypes.CDLL, columns: int, depth: int) -> None:
+    packed, weight = narrow(lib, draw(1, columns, depth))
+    index = torch.randint(columns, (3, 7), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rows(packed, index), weight[index].float().bfloat16())
+    with pytest.raises(IndexError, match=f"expected rows from 0 to {columns - 1}, got 0 to {columns}"):
+        rows(packed, torch.tensor([0, columns]))
+
+
+@given(shapes, st.data(), st.booleans())
 @quick
 def test_a_row_does_not_depend_on_its_company(
-    lib: ctypes.CDLL, shape: tuple[int, int, int], data: st.DataObject
+    lib: ctypes.CDLL, shape: tuple[int, int, int], data: st.DataObject, in_8_bits: bool
 ) -> None:
-    rows, columns, depth = shape
-    x, packed = draw(1, rows, depth), pack(lib, draw(2, columns, depth))
+    count, columns, depth = shape
+    x, weight = draw(1, count, depth), draw(2, columns, depth)
+    packed = narrow(lib, weight)[0] if in_8_bits else pack(lib, weight)
     together = linear(x, packed, None)
-    some = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=9))
+    some = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=9))
     assert torch.equal(linear(x[some], packed, None), together[some])
 
 
@@ -56,8 +88,10 @@ def test_deep_matrices_are_taken_in_pieces(lib: ctypes.CDLL) -> None:
     assert ((linear(x, pack(lib, weight), None).double() - expected).abs() <= expected.abs() * 2**-8 + 0.01).all()
 
 
-def test_threads_change_nothing(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, packed = draw(1, 33, 256), pack(lib, draw(2, 500, 256))
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_threads_change_nothing(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, in_8_bits: bool) -> None:
+    x, weight = draw(1, 33, 256), draw(2, 500, 256)
+    packed = narrow(lib, weight)[0] if in_8_bits else pack(lib, weight)
     alone = linear(x, packed, None)
     for threads in (2, 3, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

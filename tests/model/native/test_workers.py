@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from elastic_moe.model.native.exchange import NativeExchange
-from elastic_moe.model.native.layers import JointLayers
+from elastic_moe.model.native.layers import JointLayers, NativeHead
+from elastic_moe.model.trunk.step_batch import SequenceSlice
 from tests.model.families import tiny_checkpoint
 from tests.model.groups import run_group
 from tests.model.lockstep import Lockstep, request
@@ -18,8 +20,8 @@ from tests.model.native.test_models import LENGTHS, logits, texts
 from tests.model.random_checkpoint import make_random_checkpoint
 
 
-def lockstep(path: Path, slots: tuple[int, ...]) -> Lockstep:
-    return Lockstep(path, slots, dtype="bfloat16", block_size=16, max_num_batched_tokens=128)
+def lockstep(path: Path, slots: tuple[int, ...], **more: Any) -> Lockstep:
+    return Lockstep(path, slots, dtype="bfloat16", block_size=16, max_num_batched_tokens=128, **more)
 
 
 def groups(workers: Lockstep) -> list[object]:
@@ -56,22 +58,23 @@ ANSWERED = slice(5 * 64, 5 * 64 + 4)
 """Where a segment has the number of the last question that its rank has answered (Header in exchange.h)."""
 
 
-def test_workers_without_tokens_help_the_one_that_has_a_few(lib: ctypes.CDLL, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trunk_dtype", ["auto", "int8"])
+def test_workers_without_tokens_help_the_one_that_has_a_few(lib: ctypes.CDLL, tmp_path: Path, trunk_dtype: str) -> None:
     path = make_random_checkpoint(tmp_path / "m", "qwen3_moe", hidden=256, layers=3, experts=6, dtype="bfloat16")
-    workers = lockstep(path, (2, 2, 2))
+    workers = lockstep(path, (2, 2, 2), trunk_dtype=trunk_dtype)
     runners = [worker._runner for worker in workers.workers.values()]
-    joints = [runner._joint for runner in runners]
-    assert None not in joints
+    joints, heads = [runner._joint for runner in runners], [runner._shared_head for runner in runners]
+    assert None not in (*joints, *heads)
     text = texts(512)[0]
 
     def answered() -> list[int]:
         segments = groups(workers)[0]._views  # type: ignore[attr-defined]
         return [int(segment[ANSWERED].view(torch.int32)) for segment in segments]
 
-    def decode(joints: list[JointLayers | None]) -> torch.Tensor:
+    def decode(joints: list[JointLayers | None], heads: list[NativeHead | None]) -> torch.Tensor:
         """Logits of a prompt, and of some tokens after it, two at a time; the first worker has them all."""
-        for runner, joint in zip(runners, joints, strict=True):
-            runner._joint = joint
+        for runner, joint, head in zip(runners, joints, heads, strict=True):
+            runner._joint, runner._shared_head = joint, head
         rows = []
         for start, end in [(0, 20), *((n, n + 2) for n in range(20, 30, 2))]:
             part = [(0, text, start, end)]
@@ -80,12 +83,28 @@ def test_workers_without_tokens_help_the_one_that_has_a_few(lib: ctypes.CDLL, tm
             rows.append(run_group(3, lambda rank: steps[rank]())[0])  # noqa: B023
         return torch.cat(rows)
 
-    alone = decode([None] * 3)
+    nobody = [None] * 3
+    alone = decode(nobody, nobody)
     assert answered() == [0, 0, 0]
-    assert torch.equal(decode(joints), alone)
-    first, *others = answered()
-    assert first == 0
-    assert min(others) > 0
+    for helped in ((joints, nobody), (nobody, heads), (joints, heads)):
+        before = answered()
+        assert torch.equal(decode(*helped), alone)
+        after = answered()
+        assert after[0] == 0
+        assert all(one < other for one, other in zip(before[1:], after[1:], strict=True))
+
+
+def test_nobody_waits_for_an_output_head_that_is_not_asked_for(lib: ctypes.CDLL, tmp_path: Path) -> None:
+    path = make_random_checkpoint(tmp_path / "m", "qwen3_moe", hidden=256, layers=2, experts=4, dtype="bfloat16")
+    workers = lockstep(path, (2, 2))
+    first, other = (worker._runner for worker in workers.workers.values())
+
+    def step(rank: int, *, logits: bool) -> int:
+        piece = SequenceSlice(token_ids=[5, 6], start=0, block_ids=[0], prompt_length=4, wants_logits=logits)
+        return len((other if rank else first).run([] if rank else [piece], [2, 0]))
+
+    assert run_group(2, partial(step, logits=False))[0] == 0
+    assert run_group(2, partial(step, logits=True))[0] == 1
 
 
 def test_an_epoch_of_the_same_members_keeps_the_exchange(
