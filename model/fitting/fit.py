@@ -2,7 +2,7 @@
 
     part             the paths, fastest first
     layers           all in one native call (whole_stack.py); one after another
-    attention half   a layer's half in one native call (attention_half.py); module by module
+    attention half   a layer's half in one native call (attention_half.py, latent_half.py); module by module
     attention        native (native/attention.py); FlashAttention (trunk/flash.py), with a kernel for single tokens
                      (gpu/decode.py); matrix products (trunk/attention.py)
     router, norms,   native (small_ops.py), or kernels on GPUs (gpu_ops.py), if a module is recognised by what it

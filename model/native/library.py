@@ -50,6 +50,7 @@ _SIGNATURES = {
     "emoe_gated_norm": "pipiiiipftttpt",
     "emoe_rotate": "piiiiipptp",
     "emoe_block": "ppippippipiipppt",
+    "emoe_latent_block": "ppipppipipippt",
     "emoe_route": "piippiitpppt",
     "emoe_route_scored": "piipittpiiiitfpppt",
     "emoe_attention": "ppppiiiippipipfifppt",
@@ -78,6 +79,7 @@ _SIGNATURES = {
     "emoe_tiles": "t>t",
     "emoe_attention_sizes": "p",
     "emoe_block_sizes": "p",
+    "emoe_latent_block_sizes": "p",
     "emoe_layers_sizes": "p",
     "emoe_experts_sizes": "p",
 }

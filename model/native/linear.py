@@ -228,6 +228,11 @@ class PackedHeads:
     def nbytes(self) -> int:
         return self.heads * self.columns * self.depth * 2
 
+    @property
+    def address(self) -> int:
+        """Of the first matrix, an argument of native functions."""
+        return self._data.data_ptr()
+
     def multiply(self, x_NTK: Tensor, out_NTC: Tensor) -> None:
         """Compute x times each head's matrix, into `out_NTC`. The last dimension of both is dense."""
         assert x_NTK.stride(2) == 1

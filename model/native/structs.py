@@ -34,6 +34,22 @@ class Block(ctypes.Structure):
     )
 
 
+class LatentBlock(ctypes.Structure):
+    """See latent_block.cpp."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("hidden", "heads", "query_rank", "made", "rotated", "latent", "value_size")
+        ),
+        *((name, Norm) for name in ("before", "query_norm", "latent_norm", "after")),
+        *((name, Matrix) for name in ("query_down", "query", "latents", "out")),
+        *((name, ctypes.c_void_p) for name in ("key_up", "value_up")),
+        ("scale", ctypes.c_float),
+        ("pairs", ctypes.c_int32),
+    )
+
+
 class Layer(ctypes.Structure):
     """See layers.cpp."""
 
@@ -86,6 +102,7 @@ class SequenceRow(ctypes.Structure):
 MIRRORED: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "emoe_attention_sizes": (SequenceRow,),
     "emoe_block_sizes": (Norm, Matrix, Block),
+    "emoe_latent_block_sizes": (LatentBlock,),
     "emoe_layers_sizes": (Layer, Experts),
     "emoe_experts_sizes": (Supply,),
 }
