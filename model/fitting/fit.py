@@ -33,6 +33,7 @@ from elastic_moe.model.experts.interface import LayerExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
 from elastic_moe.model.fitting.gpu_ops import fit_gpu_trunk
+from elastic_moe.model.fitting.joined_states import join_states
 from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
@@ -106,6 +107,7 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form
     refusal = native_refusal(like.dtype, like.device)
     if refusal is None and (lib := library()) is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
+        join_states(lib, states.layers)
     kernels = gpu_refusal(like.dtype, like.device) is None
     if kernels:
         fit_gpu_trunk(trunk, notes)
