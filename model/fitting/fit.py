@@ -49,6 +49,7 @@ from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShap
 from elastic_moe.model.trunk.flash import find_variant, singles_are_right
 from elastic_moe.model.trunk.indexer import choose_by_cache, index_layer
 from elastic_moe.model.trunk.linear import pack_linears
+from elastic_moe.model.trunk.tied import pack_tied
 
 _STATEFUL = "some layers keep a state per sequence"
 
@@ -103,9 +104,12 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form
             raise UserError(f"layer {layer} attends to chosen keys, which needs latents in the cache: {why}")
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
     _note_attention(shapes, latents, attention, apart, notes)
-    packed_bytes = pack_linears(trunk, notes, plain=states.plain)
     refusal = native_refusal(like.dtype, like.device)
-    if refusal is None and (lib := library()) is not None:
+    lib = library() if refusal is None else None
+    if lib is not None:
+        pack_tied(lib, trunk, notes)
+    packed_bytes = pack_linears(trunk, notes, plain=states.plain)
+    if lib is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
         join_states(lib, states.layers)
     kernels = gpu_refusal(like.dtype, like.device) is None
