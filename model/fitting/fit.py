@@ -32,6 +32,7 @@ from elastic_moe.model.experts.cpu import CpuExperts, not_native
 from elastic_moe.model.experts.interface import LayerExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
+from elastic_moe.model.fitting.feed_forward import join_feed_forwards
 from elastic_moe.model.fitting.gpu_ops import fit_gpu_trunk
 from elastic_moe.model.fitting.joined_states import join_states
 from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
@@ -119,6 +120,8 @@ def fit(trunk: nn.Module, experts: Sequence[nn.Module], *, block_size: int, form
         packed_bytes += latents.pack(attention.lib)
         joined = fit_layers(attention.lib, trunk, experts, notes)
         apart = _STATEFUL if states.layers else join_layers(trunk, joined, experts)
+        if apart is not None:
+            join_feed_forwards(attention.lib, trunk, experts)
     else:
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), None if kernels else refusal, apart, notes)

@@ -139,10 +139,10 @@ class AttentionBlock:
             query_norm=_norm(query_norm),
             key_norm=_norm(key_norm),
             after=_norm(after),
-            query=_matrix(query),
-            key=_matrix(key),
-            value=_matrix(value),
-            out=_matrix(out),
+            query=matrix_struct(query),
+            key=matrix_struct(key),
+            value=matrix_struct(value),
+            out=matrix_struct(out),
             sinks=None if logits is None else logits.data_ptr(),
             scale=scale,
         )
@@ -236,10 +236,10 @@ class LatentBlock:
             query_norm=_norm(query_norm),
             latent_norm=_norm(latent_norm),
             after=_norm(after),
-            query_down=structs.Matrix() if query_down is None else _matrix(query_down),
-            query=_matrix(query),
-            latents=_matrix(latents),
-            out=_matrix(out),
+            query_down=structs.Matrix() if query_down is None else matrix_struct(query_down),
+            query=matrix_struct(query),
+            latents=matrix_struct(latents),
+            out=matrix_struct(out),
             key_up=key_up.address,
             value_up=value_up.address,
             scale=scale,
@@ -276,7 +276,7 @@ def _norm(norm: Norm | None) -> structs.Norm:
     )
 
 
-def _matrix(matrix: Matrix) -> structs.Matrix:
+def matrix_struct(matrix: Matrix) -> structs.Matrix:
     bias = None if matrix.bias is None else matrix.bias.data_ptr()
     return structs.Matrix(packed=matrix.packed.data.data_ptr(), bias=bias)
 

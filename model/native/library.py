@@ -76,6 +76,7 @@ _SIGNATURES = {
     "emoe_exchange_layer": "piiptttffppppppt>t",
     "emoe_layers": "ppipipippiipipiptt>t",
     "emoe_layers_idle": "ppipt>t",
+    "emoe_feed_forward": "ppppipptt>t",
     "emoe_tiles": "t>t",
     "emoe_attention_sizes": "p",
     "emoe_block_sizes": "p",

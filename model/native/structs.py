@@ -73,6 +73,20 @@ class Experts(ctypes.Structure):
     )
 
 
+class FeedForward(ctypes.Structure):
+    """See layers.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "num_experts", "top_k", "width")),
+        *((name, ctypes.c_void_p) for name in ("router", "router_bias", "added")),
+        *((name, ctypes.c_int64) for name in ("groups", "top_groups", "best")),
+        *((name, ctypes.c_int32) for name in ("scored", "wide", "logistic", "normalise", "rounds")),
+        ("scale", ctypes.c_float),
+        *((name, Matrix) for name in ("gate", "up", "down")),
+        ("share", ctypes.c_void_p),
+    )
+
+
 SUPPLY_NEXT = ctypes.CFUNCTYPE(
     ctypes.c_int64,
     ctypes.c_int64,
@@ -103,7 +117,7 @@ MIRRORED: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "emoe_attention_sizes": (SequenceRow,),
     "emoe_block_sizes": (Norm, Matrix, Block),
     "emoe_latent_block_sizes": (LatentBlock,),
-    "emoe_layers_sizes": (Layer, Experts),
+    "emoe_layers_sizes": (Layer, Experts, FeedForward),
     "emoe_experts_sizes": (Supply,),
 }
 """Function of the library that writes the bytes of its structures -> the same structures here."""

@@ -28,6 +28,9 @@ void emoe_linear_heads(const emoe::bf16* x, int64_t heads, int64_t rows, int64_t
                        int64_t out_row_stride, int threads);
 void emoe_route(const emoe::bf16* x, int64_t rows, int64_t depth, const emoe::bf16* packed, const emoe::bf16* bias,
                 int64_t experts, int64_t top_k, int normalise, emoe::bf16* logits, float* scores, int64_t* index, int threads);
+void emoe_route_scored(const emoe::bf16* x, int64_t rows, int64_t depth, const emoe::bf16* packed, int64_t experts, int wide,
+                       int logistic, const float* bias, int64_t groups, int64_t top_groups, int64_t best, int64_t top_k,
+                       int normalise, float scale, float* logits, float* scores, int64_t* index, int threads);
 int emoe_experts(const emoe::bf16* x, int64_t rows, int64_t hidden, int64_t width, int64_t num_experts,
                  const void* const* tables, int bits, int interleaved, int gate, float alpha, float limit,
                  emoe::Supply* supply, const void* index, int index_bytes, const void* weight, int weight_bytes,
