@@ -7,7 +7,9 @@
                      (gpu/decode.py); matrix products (trunk/attention.py)
     router, norms,   native (small_ops.py), or kernels on GPUs (gpu_ops.py), if a module is recognised by what it
     rotary           computes; transformers' own code
-    states           native for single tokens (states/rules.py); transformers' own code
+    states           native for single tokens (states/rules.py), of some kinds by native calls alone (state_layers.py);
+                     transformers' own code
+    feed-forward     router, experts and shared expert in one native call (feed_forward.py); module by module
     linears          native panels; oneDNN's layout; plain matrices (trunk/linear.py)
     experts          on CPU native or PyTorch, expert by expert (experts/cpu.py); on GPUs stacked (experts/stacked.py)
     exchange         native (native/exchange.py); PyTorch's operators around a transport (exchange/dispatch.py)
@@ -34,11 +36,10 @@ from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
 from elastic_moe.model.fitting.feed_forward import join_feed_forwards
 from elastic_moe.model.fitting.gpu_ops import fit_gpu_trunk
-from elastic_moe.model.fitting.joined_states import join_states
 from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
-from elastic_moe.model.fitting.state_layers import fit_states
+from elastic_moe.model.fitting.state_layers import fit_states, join_states
 from elastic_moe.model.fitting.whole_stack import join_layers
 from elastic_moe.model.gpu.refusals import gpu_refusal
 from elastic_moe.model.native import attention as native_attention

@@ -11,7 +11,7 @@ from torch import Tensor
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
 from elastic_moe.model.fitting import fit as fitting
-from elastic_moe.model.fitting.joined_states import join_states
+from elastic_moe.model.fitting.state_layers import join_states
 from elastic_moe.model.states.finding import StateKind, StateLayer
 from elastic_moe.model.states.packed import PackedStates, StateBatch, states_of
 from elastic_moe.model.states.recurrent import Slots
