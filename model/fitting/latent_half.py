@@ -67,16 +67,19 @@ def find_latent_half(lib: ctypes.CDLL, layer: nn.Module) -> LatentLayer | str:
     size = latent.latent_size + latent.rotated_size
     if refusal(block_size=TILE, key_size=size, value_size=latent.latent_size) is not None:
         return "its latents do not fit native attention"
-    why = "its attention over latents is made of other parts"
+    why = ""
     for pairs in (True, False):
         try:
             fitted = _latent_layer(lib, layer, latent, pairs)
-            path, hidden = AttentionPath(lib=lib), attention.kv_a_proj_with_mqa.packed.depth
+        except OTHERWISE as error:  # an attribute is missing or of another kind
+            return f"its attention over latents is made of other parts: {error}"
+        path, hidden = AttentionPath(lib=lib), attention.kv_a_proj_with_mqa.packed.depth
+        try:
             if same_in_trial(layer, fitted, path, latent.shape, hidden, latent.rotated_size):
                 return fitted
             why = "its attention over latents computes something else"
-        except OTHERWISE as error:  # an attribute is missing or of another kind
-            why = f"its attention over latents is made of other parts: {error}"
+        except OTHERWISE as error:
+            why = f"a trial call with the usual arguments failed with {type(error).__name__}"
     return why
 
 
