@@ -4,7 +4,10 @@
     probe            finds the shapes of a trunk's layers
     latents          caches latents in place of keys and values
     small_ops        norms, routers and rotary embeddings as native calls
-    attention_half   the attention half of a layer as one native call
+    attention_half   the attention half of a layer as one native call; halves.py has what its kinds share
+    latent_half      the same for layers that attend to latents
+    feed_forward     router, experts and shared expert as one native call
+    state_layers     layers that keep states, for packed tokens; single tokens by native calls alone
     whole_stack      all layers of a trunk as one native call
 
 Modules are recognised by what they compute in a trial and not by their names. The room leaves the code itself to

@@ -2,12 +2,14 @@
 
     part             the paths, fastest first
     layers           all in one native call (whole_stack.py); one after another
-    attention half   a layer's half in one native call (attention_half.py); module by module
+    attention half   a layer's half in one native call (attention_half.py, latent_half.py); module by module
     attention        native (native/attention.py); FlashAttention (trunk/flash.py), with a kernel for single tokens
                      (gpu/decode.py); matrix products (trunk/attention.py)
     router, norms,   native (small_ops.py), or kernels on GPUs (gpu_ops.py), if a module is recognised by what it
     rotary           computes; transformers' own code
-    states           native for single tokens (states/rules.py); transformers' own code
+    states           native for single tokens (states/rules.py), of some kinds by native calls alone (state_layers.py);
+                     transformers' own code
+    feed-forward     router, experts and shared expert in one native call (feed_forward.py); module by module
     linears          native panels; oneDNN's layout; plain matrices (trunk/linear.py)
     experts          on CPU native or PyTorch, expert by expert (experts/cpu.py); on GPUs stacked (experts/stacked.py)
     exchange         native (native/exchange.py); PyTorch's operators around a transport (exchange/dispatch.py)
@@ -32,11 +34,12 @@ from elastic_moe.model.experts.cpu import CpuExperts, not_native
 from elastic_moe.model.experts.interface import LayerExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
+from elastic_moe.model.fitting.feed_forward import join_feed_forwards
 from elastic_moe.model.fitting.gpu_ops import fit_gpu_trunk
 from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
-from elastic_moe.model.fitting.state_layers import fit_states
+from elastic_moe.model.fitting.state_layers import fit_states, join_states
 from elastic_moe.model.fitting.whole_stack import join_layers
 from elastic_moe.model.gpu.refusals import gpu_refusal
 from elastic_moe.model.native import attention as native_attention
@@ -48,6 +51,7 @@ from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShap
 from elastic_moe.model.trunk.flash import find_variant, singles_are_right
 from elastic_moe.model.trunk.indexer import choose_by_cache, index_layer
 from elastic_moe.model.trunk.linear import pack_linears
+from elastic_moe.model.trunk.tied import pack_tied
 
 _STATEFUL = "some layers keep a state per sequence"
 
@@ -113,9 +117,13 @@ def fit(
             raise UserError(f"layer {layer} attends to chosen keys, which needs latents in the cache: {why}")
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
     _note_attention(shapes, latents, attention, apart, notes)
+    lib = library() if refusal is None else None
+    if lib is not None:
+        pack_tied(lib, trunk, notes, trunk_form)
     packed_bytes = pack_linears(trunk, notes, plain=states.plain, form=trunk_form)
-    if refusal is None and (lib := library()) is not None:
+    if lib is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
+        join_states(lib, states.layers)
     kernels = gpu_refusal(like.dtype, like.device) is None
     if kernels:
         fit_gpu_trunk(trunk, notes)
@@ -123,6 +131,8 @@ def fit(
         packed_bytes += latents.pack(attention.lib)
         joined = fit_layers(attention.lib, trunk, experts, notes)
         apart = _STATEFUL if states.layers else join_layers(trunk, joined, experts)
+        if apart is not None:
+            join_feed_forwards(attention.lib, trunk, experts)
     else:
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), None if kernels else refusal, apart, notes)

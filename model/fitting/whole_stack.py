@@ -13,14 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.model.experts.store import attach
-from elastic_moe.model.fitting.attention_half import (
-    FittedLayer,
-    Rotation,
-    decoder_layers,
-    fed_forward,
-    native_embeddings,
-    native_input,
-)
+from elastic_moe.model.fitting.attention_half import FittedLayer, decoder_layers
+from elastic_moe.model.fitting.halves import Rotation, fed_forward, native_embeddings, native_input
 from elastic_moe.model.fitting.small_ops import OTHERWISE
 from elastic_moe.model.native.layers import JointLayer, JointLayers
 from elastic_moe.model.native.router import Router
@@ -116,7 +110,8 @@ class _LayerRun(nn.Module):
 def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) -> JointLayer | str:
     """The layer's block and router if it has no other parts; otherwise the reason why it cannot be joined."""
     fitted: Any = layer.forward
-    assert isinstance(fitted, FittedLayer)
+    if not isinstance(fitted, FittedLayer):
+        return "a layer attends to latents"
     feed_forward = fitted.feed_forward
     routers = [module.forward for module in feed_forward.modules() if isinstance(module.forward, Router)]
     if len(routers) != 1 or experts[number] not in list(feed_forward.modules()):

@@ -1,6 +1,6 @@
-"""Computes the attention half of a decoder layer in one call: see block.cpp.
+"""Computes the attention half of a decoder layer in one call: see block.cpp and latent_block.cpp.
 
-Legend: T tokens of the step, H hidden, D head size.
+Legend: T tokens of the step, H hidden, D head size, P numbers of a latent's rotated part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elastic_moe.model.native import structs
 from elastic_moe.model.native.attention import NativeBatch
-from elastic_moe.model.native.linear import NUMBERS, Packed
+from elastic_moe.model.native.linear import NUMBERS, Packed, PackedHeads
 from elastic_moe.model.rms_norm import GatedRmsNorm, RmsNorm
 
 
@@ -139,10 +139,10 @@ class AttentionBlock:
             query_norm=_norm(query_norm),
             key_norm=_norm(key_norm),
             after=_norm(after),
-            query=matrix_of(query.packed, query.bias),
-            key=matrix_of(key.packed, key.bias),
-            value=matrix_of(value.packed, value.bias),
-            out=matrix_of(out.packed, out.bias),
+            query=matrix_struct(query),
+            key=matrix_struct(key),
+            value=matrix_struct(value),
+            out=matrix_struct(out),
             sinks=None if logits is None else logits.data_ptr(),
             scale=scale,
         )
@@ -182,6 +182,91 @@ class AttentionBlock:
         return sum_TH, normed_TH
 
 
+class LatentBlock:
+    """As AttentionBlock, for a layer that makes keys and values of latents (model/trunk/latent.py)."""
+
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        *,
+        scale: float,
+        pairs: bool,
+        before: Norm,
+        after: Norm,
+        query_down: Matrix | None,
+        query_norm: Norm | None,
+        query: Matrix,
+        latents: Matrix,
+        latent_norm: Norm,
+        key_up: PackedHeads,
+        value_up: PackedHeads,
+        out: Matrix,
+    ) -> None:
+        """`pairs`: whether neighbours are rotated against each other, and not halves. `query_down` makes fewer numbers
+        of hidden states first, of which `query` makes queries after `query_norm`.
+
+        Raises ValueError if sizes do not fit together.
+        """
+        hidden, heads, latent = latents.packed.depth, key_up.heads, latent_norm.size
+        self.rotated = latents.packed.columns - latent
+        rank = 0 if query_down is None else query_down.packed.columns
+        fits = [
+            self.rotated > 0 and self.rotated % 2 == 0,
+            (key_up.columns, value_up.depth, value_up.heads) == (latent, latent, heads),
+            (query.packed.columns, query.packed.depth) == (heads * (key_up.depth + self.rotated), rank or hidden),
+            (query_down is None) == (query_norm is None),
+            query_down is None or query_down.packed.depth == hidden,
+            query_norm is None or query_norm.size == rank,
+            (out.packed.depth, out.packed.columns) == (heads * value_up.columns, hidden),
+            before.size == after.size == hidden,
+        ]
+        if not all(fits):
+            raise ValueError("matrices and norms of other sizes")
+        self._function = lib.emoe_latent_block
+        self._kept = (before, after, query_down, query_norm, query, latents, latent_norm, key_up, value_up, out)
+        self._block = structs.LatentBlock(
+            hidden=hidden,
+            heads=heads,
+            query_rank=rank,
+            made=key_up.depth,
+            rotated=self.rotated,
+            latent=latent,
+            value_size=value_up.columns,
+            before=_norm(before),
+            query_norm=_norm(query_norm),
+            latent_norm=_norm(latent_norm),
+            after=_norm(after),
+            query_down=structs.Matrix() if query_down is None else matrix_struct(query_down),
+            query=matrix_struct(query),
+            latents=matrix_struct(latents),
+            out=matrix_struct(out),
+            key_up=key_up.address,
+            value_up=value_up.address,
+            scale=scale,
+            pairs=pairs,
+        )
+
+    def __call__(
+        self, batch: NativeBatch, cache: Tensor, x_TH: Tensor, cosines_TP: Tensor, sines_TP: Tensor, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (sum [T, H], normalised sum [T, H]) for dense bfloat16 rows. Writes latents to the cache."""
+        sum_TH, normed_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
+        self._function(
+            ctypes.addressof(self._block),
+            x_TH.data_ptr(),
+            len(x_TH),
+            cosines_TP.data_ptr(),
+            sines_TP.data_ptr(),
+            cache.data_ptr(),
+            *batch.described,
+            window or 0,
+            sum_TH.data_ptr(),
+            normed_TH.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return sum_TH, normed_TH
+
+
 def _norm(norm: Norm | None) -> structs.Norm:
     if norm is None:
         return structs.Norm(weight=None, size=1, epsilon=0.0, rounds=0)
@@ -191,8 +276,13 @@ def _norm(norm: Norm | None) -> structs.Norm:
     )
 
 
-def matrix_of(packed: Packed, bias: Tensor | None) -> structs.Matrix:
+def matrix_struct(matrix: Matrix) -> structs.Matrix:
     """The structure of a linear layer, whose tensors the caller keeps alive."""
+    return matrix_of(matrix.packed, matrix.bias)
+
+
+def matrix_of(packed: Packed, bias: Tensor | None) -> structs.Matrix:
+    """The same of its parts."""
     return structs.Matrix(
         packed=packed.data.data_ptr(), bias=None if bias is None else bias.data_ptr(), form=NUMBERS[packed.form]
     )

@@ -1,4 +1,5 @@
-"""Runs several decoder layers in one call: see layers.cpp. And the output head with the help of others: see block.cpp.
+"""Runs several decoder layers, or the feed-forward half of one, in one call: see layers.cpp. And the output head with
+the help of others: see block.cpp.
 
 Legend: L layers, T tokens of the step, H hidden, D head size, K experts per token, R rows, V vocabulary.
 """
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic_moe.model.native import structs
 from elastic_moe.model.native.attention import NativeBatch
-from elastic_moe.model.native.block import AttentionBlock, matrix_of
+from elastic_moe.model.native.block import AttentionBlock, Matrix, matrix_of, matrix_struct
 from elastic_moe.model.native.experts import check_available
 from elastic_moe.model.native.linear import Packed
-from elastic_moe.model.native.router import Router
+from elastic_moe.model.native.router import Router, ScoredRouter
 from elastic_moe.model.native.structs import Experts, Head, Layer
 
 
@@ -146,3 +148,87 @@ class JointLayers:
         )
         experts.check(status)
         return out_TH, index_LTK
+
+
+class FeedForwardHalf:
+    """A router, experts, and an expert that all tokens share, or none. It keeps the tensors of its parts alive."""
+
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        router: Router | ScoredRouter,
+        shared: tuple[Matrix, Matrix, Matrix] | None,
+        share: Packed | None = None,
+    ) -> None:
+        """`shared`: gate, up and down, between which silu(gate) * up is made. `share` [1, H]: its logistic function
+        scales the shared expert's output.
+
+        Raises ValueError if sizes do not fit together.
+        """
+        hidden, matrices = router.packed.depth, shared or ()
+        width = matrices[0].packed.columns if matrices else 0
+        shapes = [(matrix.packed.columns, matrix.packed.depth) for matrix in matrices]
+        if shapes not in ([], [(width, hidden), (width, hidden), (hidden, width)]):
+            raise ValueError("matrices of other sizes")
+        if share is not None and (not shared or (share.columns, share.depth) != (1, hidden)):
+            raise ValueError("a share of another size")
+        self._function = lib.emoe_feed_forward
+        self.router = router
+        self._kept = (shared, share)
+        gate, up, down = map(matrix_struct, matrices) if matrices else (structs.Matrix(),) * 3
+        self._half = structs.FeedForward(
+            hidden=hidden,
+            num_experts=router.packed.columns,
+            top_k=router.top_k,
+            width=width,
+            router=router.packed.data.data_ptr(),
+            rounds=router.dtype == torch.bfloat16,
+            gate=gate,
+            up=up,
+            down=down,
+            share=None if share is None else share.data.data_ptr(),
+            **_choice(router),
+        )
+
+    def __call__(
+        self, x_TH: Tensor, experts: JointExperts | None, number: int, expert_threads: int
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (output [T, H], chosen experts [T, K]) of the MoE layer `number`. Blocks on the other workers.
+
+        Without `experts` the output is that of the shared expert. Raises StepAborted if a worker is gone.
+        """
+        out_TH = torch.empty_like(x_TH)
+        index_TK = torch.empty(len(x_TH), self.router.top_k, dtype=torch.int64)
+        status = self._function(
+            ctypes.addressof(self._half),
+            None if experts is None else ctypes.addressof(experts.layers[number]),
+            None if experts is None else experts.exchange,
+            x_TH.data_ptr(),
+            len(x_TH),
+            index_TK.data_ptr(),
+            out_TH.data_ptr(),
+            torch.get_num_threads(),
+            expert_threads,
+        )
+        if experts is not None:
+            experts.check(status)
+        return out_TH, index_TK
+
+
+def _choice(router: Router | ScoredRouter) -> dict[str, Any]:
+    """How a router chooses, by the names of structs.FeedForward."""
+    bias = None if router.bias is None else router.bias.data_ptr()
+    if isinstance(router, Router):
+        return {"router_bias": bias, "normalise": router.normalises}
+    how = router.scoring
+    return {
+        "scored": True,
+        "wide": router.wide,
+        "logistic": how.logistic,
+        "added": bias,
+        "groups": how.groups,
+        "top_groups": how.top_groups,
+        "best": how.best,
+        "normalise": how.normalises,
+        "scale": how.scale,
+    }

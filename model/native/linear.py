@@ -15,7 +15,7 @@ from elastic_moe.model.int4 import GROUP as FINE
 from elastic_moe.model.int8 import GROUP
 from elastic_moe.model.native.memory import allocate
 
-_PANEL = 64
+PANEL = 64
 """Columns in a panel, as in gemm.h."""
 
 NUMBERS = {
@@ -64,9 +64,9 @@ def _column_bytes(depth: int, form: ExpertForm) -> float:
 def _panel_bytes(depth: int, form: ExpertForm) -> int:
     """Bytes of a panel. With 4 bits, zero points are filled up to whole cache lines (block_bytes4 in gemm4.h)."""
     if form not in (ExpertForm.INT4, ExpertForm.INT4_HALF):
-        return int(_PANEL * _column_bytes(depth, form))
+        return int(PANEL * _column_bytes(depth, form))
     groups = -(-depth // FINE)
-    return groups * (FINE // 2 + 2) * _PANEL + groups // 4 * 128 + -(-(groups % 4) * 32 // 64) * 64
+    return groups * (FINE // 2 + 2) * PANEL + groups // 4 * 128 + -(-(groups % 4) * 32 // 64) * 64
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -158,7 +158,7 @@ def _allocate(
     columns, depth = shape
     if into is not None:
         return Packed(lib, into, columns, depth, parts, interleaved, form)
-    panels = -(-columns // parts // _PANEL) * parts
+    panels = -(-columns // parts // PANEL) * parts
     data, release = allocate(panels * _panel_bytes(depth, form))
     packed = Packed(lib, data, columns, depth, parts, interleaved, form)
     weakref.finalize(packed, release).atexit = False
@@ -246,7 +246,7 @@ class PackedHeads:
         """Copy the matrices, which are bfloat16 on CPU. K is even."""
         self._lib = lib
         self.heads, self.columns, self.depth = weight_NCK.shape
-        size = -(-self.columns // _PANEL) * _PANEL * self.depth
+        size = -(-self.columns // PANEL) * PANEL * self.depth
         data, release = allocate(self.heads * size * 2)
         self._data = data.view(torch.bfloat16).view(self.heads, size)
         for weight, into in zip(weight_NCK, self._data, strict=True):
@@ -256,6 +256,11 @@ class PackedHeads:
     @property
     def nbytes(self) -> int:
         return self.heads * self.columns * self.depth * 2
+
+    @property
+    def address(self) -> int:
+        """Of the first matrix, an argument of native functions."""
+        return self._data.data_ptr()
 
     def multiply(self, x_NTK: Tensor, out_NTC: Tensor) -> None:
         """Compute x times each head's matrix, into `out_NTC`. The last dimension of both is dense."""

@@ -40,6 +40,22 @@ class Head(ctypes.Structure):
     _fields_ = (("depth", ctypes.c_int64), ("columns", ctypes.c_int64), ("matrix", Matrix))
 
 
+class LatentBlock(ctypes.Structure):
+    """See latent_block.cpp."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("hidden", "heads", "query_rank", "made", "rotated", "latent", "value_size")
+        ),
+        *((name, Norm) for name in ("before", "query_norm", "latent_norm", "after")),
+        *((name, Matrix) for name in ("query_down", "query", "latents", "out")),
+        *((name, ctypes.c_void_p) for name in ("key_up", "value_up")),
+        ("scale", ctypes.c_float),
+        ("pairs", ctypes.c_int32),
+    )
+
+
 class Layer(ctypes.Structure):
     """See layers.cpp."""
 
@@ -60,6 +76,20 @@ class Experts(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("bits", "interleaved", "gate")),
         *((name, ctypes.c_float) for name in ("alpha", "limit")),
         *((name, ctypes.c_void_p) for name in ("supply", "routes")),
+    )
+
+
+class FeedForward(ctypes.Structure):
+    """See layers.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "num_experts", "top_k", "width")),
+        *((name, ctypes.c_void_p) for name in ("router", "router_bias", "added")),
+        *((name, ctypes.c_int64) for name in ("groups", "top_groups", "best")),
+        *((name, ctypes.c_int32) for name in ("scored", "wide", "logistic", "normalise", "rounds")),
+        ("scale", ctypes.c_float),
+        *((name, Matrix) for name in ("gate", "up", "down")),
+        ("share", ctypes.c_void_p),
     )
 
 
@@ -92,7 +122,8 @@ class SequenceRow(ctypes.Structure):
 MIRRORED: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "emoe_attention_sizes": (SequenceRow,),
     "emoe_block_sizes": (Norm, Matrix, Block, Head),
-    "emoe_layers_sizes": (Layer, Experts),
+    "emoe_latent_block_sizes": (LatentBlock,),
+    "emoe_layers_sizes": (Layer, Experts, FeedForward),
     "emoe_experts_sizes": (Supply,),
 }
 """Function of the library that writes the bytes of its structures -> the same structures here."""

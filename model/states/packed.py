@@ -77,6 +77,12 @@ def _decodes(items: Sequence[tuple[int, StateMove]], device: torch.device) -> _D
     return _Decodes(rows=rows, sources=sources.contiguous(), targets=targets.contiguous(), snapshots=snapshots)
 
 
+_OTHERWISE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""Errors that a trial raises if a layer's code expects something else."""
+
+Joined = Callable[[Tensor, Slots, Slots], Tensor]
+"""Runs one token of R sequences [R, H] with their states, of a convolution and recurrent ones: [R, H]."""
+
 _current: ContextVar[StateBatch | None] = ContextVar("state_batch", default=None)
 
 
@@ -148,6 +154,8 @@ class PackedStates:
         self.scans: set[str] | None = None
         """Scans that native code computes over the tokens of a prompt; None if it computes none."""
         self.scans = None if lib is None else self._find_scans(layer)
+        self._joined: Joined | None = None
+        self._layer = layer
         self.goes_on = self._goes_on(layer)
         """Whether several tokens can go on from a state at once."""
 
@@ -163,6 +171,9 @@ class PackedStates:
         }
         slots = batch.store.layers[self._number]
         parts: list[tuple[Any, Tensor]] = []
+        if batch.decodes is not None and not batch.pieces:
+            out = self._decode(batch.decodes, slots, hidden_states, settings)[None]
+            return (out, None) if self._makes_pair else out
         if batch.decodes is not None:
             parts.append((batch.decodes.rows, self._decode(batch.decodes, slots, hidden_states, settings)))
         parts += [
@@ -174,9 +185,45 @@ class PackedStates:
             out[0, rows] = values
         return (out, None) if self._makes_pair else out
 
+    @torch.inference_mode()
+    def join(self, joined: Joined) -> bool:
+        """Run single tokens by `joined` from now on, if it makes the bits of the layer's own code with native
+        functions. Returns whether it does.
+        """
+        if set(self.native) != set(StateKind):
+            return False
+        rows = torch.arange(2)
+        decodes = _Decodes(rows=rows, sources=rows, targets=rows + 2, snapshots=())
+        states, hidden = _random_states(self._layer, 4), _random_hidden(self._layer, 1, 2)
+        results = []
+        for candidate in (None, joined):
+            self._joined = candidate
+            after = {key: tensor.clone() for key, tensor in states.items()}
+            try:
+                results.append([self._decode(decodes, after, hidden, {}), *after.values()])
+            except _OTHERWISE:
+                break
+        same = len(results) == 2 and all(map(torch.equal, *results))
+        self._joined = joined if same else None
+        return same
+
     def _decode(self, decodes: _Decodes, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
         """[R, H] of the sequences with one token."""
+        if self._joined is not None:
+            return self._run_joined(self._joined, decodes, slots, hidden)
         return self._step(hidden[0, decodes.rows][:, None], decodes, slots, settings, self.native)[:, 0]
+
+    def _run_joined(self, joined: Joined, decodes: _Decodes, slots: States, hidden: Tensor) -> Tensor:
+        """[R, H] of the sequences with one token."""
+        whole = len(decodes.rows) == hidden.shape[1]
+        x_RH = hidden[0] if whole else hidden[0, decodes.rows]
+        convolution, recurrent = (
+            Slots(states=slots[kind, 0], sources=decodes.sources, targets=decodes.targets)
+            for kind in (StateKind.CONVOLUTION, StateKind.RECURRENT)
+        )
+        out = joined(x_RH, convolution, recurrent)
+        _keep_snapshots(decodes, slots)
+        return out
 
     def _step(
         self,
@@ -202,8 +249,7 @@ class PackedStates:
         for key, tensor in slots.items():
             if key[0] not in apart:
                 tensor.index_copy_(0, targets, cache.states[key])
-            for number, slot in decodes.snapshots:
-                tensor[slot] = tensor[targets[number]]
+        _keep_snapshots(decodes, slots)
         return out
 
     def _piece(self, piece: _Piece, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
@@ -247,7 +293,7 @@ class PackedStates:
             after = {key: tensor.clone() for key, tensor in slots.items()}
             try:
                 out = self._step(_random_hidden(layer, 2, 1), decodes, after, {}, native)
-            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
+            except _OTHERWISE:
                 return False
             results.append([out, *after.values()])
         return all(_close(*pair) for pair in zip(*results, strict=True))
@@ -265,7 +311,7 @@ class PackedStates:
                     cache = SequenceCache(dict(states))
                     made.append(self._run(_random_hidden(layer, 1, 5), cache, {}))
                     made += [cache.states[key] for key in _keys(layer)]
-            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
+            except _OTHERWISE:
                 return None
             results.append(made)
         return used if used and all(_close(*pair) for pair in zip(*results, strict=True)) else None
@@ -291,6 +337,12 @@ class PackedStates:
         self._makes_pair = isinstance(out, tuple)
         made: Tensor = out[0] if self._makes_pair else out
         return made
+
+
+def _keep_snapshots(decodes: _Decodes, slots: States) -> None:
+    for number, slot in decodes.snapshots:
+        for tensor in slots.values():
+            tensor[slot] = tensor[decodes.targets[number]]
 
 
 def _without_default(layer: StateLayer) -> dict[str, None]:

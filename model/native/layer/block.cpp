@@ -144,10 +144,7 @@ int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int thr
 #pragma omp parallel for num_threads(threads) if (shared)
     for (int64_t t = 0; t < tokens; ++t) {
         bf16* row = step.sum + t * b.hidden;
-        for (int64_t c = 0; c < b.hidden; c += 16) {
-            const Lanes lanes = lanes_before(c, b.hidden);
-            store(row + c, add(load(step.x + t * b.hidden + c, lanes), load(row + c, lanes)), lanes);
-        }
+        add_row(step.x + t * b.hidden, b.hidden, row);
         b.after(row, b.hidden, step.normed + t * b.hidden);
     }
     return kDone;

@@ -15,12 +15,22 @@ void emoe_attention(const emoe::bf16* query, const emoe::bf16* key, const emoe::
                     emoe::bf16* values, int64_t block_size, const void* sequences, int64_t num_sequences,
                     const int32_t* tables, float scale, int64_t window, float softcap, const float* sinks,
                     emoe::bf16* out, int threads);
+void emoe_latent_attention(const emoe::bf16* query, const emoe::bf16* key, const int64_t* strides, int64_t heads,
+                           int64_t key_size, int64_t value_size, emoe::bf16* keys, int64_t block_size,
+                           const void* sequences, int64_t num_sequences, int64_t attended, const int32_t* tables,
+                           float scale, int64_t window, float softcap, const float* sinks, emoe::bf16* out, int threads);
 void emoe_linear(const emoe::bf16* x, int64_t rows, int64_t stride, int64_t depth, const void* packed, int form,
                  int64_t columns, const emoe::bf16* bias, emoe::bf16* out, int threads);
 void emoe_linear_wide(const emoe::bf16* x, int64_t rows, int64_t stride, int64_t depth, const emoe::bf16* packed,
                       int64_t columns, float* out, int threads);
+void emoe_linear_heads(const emoe::bf16* x, int64_t heads, int64_t rows, int64_t head_stride, int64_t row_stride,
+                       int64_t depth, const emoe::bf16* packed, int64_t columns, emoe::bf16* out, int64_t out_head_stride,
+                       int64_t out_row_stride, int threads);
 void emoe_route(const emoe::bf16* x, int64_t rows, int64_t depth, const emoe::bf16* packed, const emoe::bf16* bias,
                 int64_t experts, int64_t top_k, int normalise, emoe::bf16* logits, float* scores, int64_t* index, int threads);
+void emoe_route_scored(const emoe::bf16* x, int64_t rows, int64_t depth, const emoe::bf16* packed, int64_t experts, int wide,
+                       int logistic, const float* bias, int64_t groups, int64_t top_groups, int64_t best, int64_t top_k,
+                       int normalise, float scale, float* logits, float* scores, int64_t* index, int threads);
 int emoe_experts(const emoe::bf16* x, int64_t rows, int64_t hidden, int64_t width, int64_t num_experts,
                  const void* const* tables, int bits, int interleaved, int gate, float alpha, float limit,
                  emoe::Supply* supply, const void* index, int index_bytes, const void* weight, int weight_bytes,

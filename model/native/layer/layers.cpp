@@ -31,6 +31,45 @@ struct Experts {
     const int16_t* routes;
 };
 
+// A feed-forward half: a router, experts, and an expert that all tokens share (its matrices are null where there is none).
+struct FeedForward {
+    int64_t hidden, num_experts, top_k, width;
+    const bf16 *router, *router_bias; // as in Layer
+    const float* added;               // to scores before the choice; null: nothing
+    int64_t groups, top_groups, best;
+    int32_t scored, wide, logistic, normalise, rounds; // `scored`: the router is emoe_route_scored, not emoe_route
+    float scale;
+    Matrix gate, up, down;
+    const bf16* share; // a packed matrix of one column, whose logistic function scales the shared expert's output, or null
+};
+
+// Adds the output of the expert that all tokens share to `out`, with the roundings of single operators.
+void add_shared(const FeedForward& f, const bf16* x, int64_t tokens, bf16* out, int threads) {
+    thread_local std::vector<bf16> scratch; // it is kept from call to call, since fresh memory costs page faults
+    const int64_t wide = tokens * f.width;
+    if (int64_t(scratch.size()) < 2 * wide + tokens * (f.hidden + 1)) scratch.resize(2 * wide + tokens * (f.hidden + 1));
+    bf16 *gate = scratch.data(), *up = gate + wide, *made = up + wide, *share = made + tokens * f.hidden;
+    emoe_linear(x, tokens, f.hidden, f.hidden, f.gate.packed, f.gate.form, f.width, f.gate.bias, gate, threads);
+    emoe_linear(x, tokens, f.hidden, f.hidden, f.up.packed, f.up.form, f.width, f.up.bias, up, threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens >= 16)
+    for (int64_t i = 0; i < wide; i += 16) {
+        const Lanes lanes = lanes_before(i, wide);
+        const Floats value = load(gate + i, lanes);
+        store(up + i, mul(rounded(over_logistic(value, value)), load(up + i, lanes)), lanes);
+    }
+    emoe_linear(up, tokens, f.width, f.width, f.down.packed, f.down.form, f.hidden, f.down.bias, made, threads);
+    if (f.share != nullptr) emoe_linear(x, tokens, f.hidden, f.hidden, f.share, kBits16, 1, nullptr, share, threads);
+    for (int64_t t = 0; t < tokens; ++t) {
+        const Floats factor = f.share == nullptr ? all(1.f) : rounded(over_logistic(all(1.f), all(to_float(share[t]))));
+        for (int64_t c = 0; c < f.hidden; c += 16) {
+            const Lanes lanes = lanes_before(c, f.hidden);
+            bf16* at = out + t * f.hidden + c;
+            const Floats own = load(made + t * f.hidden + c, lanes);
+            store(at, add(load(at, lanes), f.share == nullptr ? own : rounded(mul(factor, own))), lanes);
+        }
+    }
+}
+
 int run_experts(const Experts& e, Exchange* exchange, const bf16* x, int64_t tokens, int64_t hidden, int64_t top_k,
                 const int64_t* index, const float* scores, bf16* out, int threads) {
     if (exchange != nullptr)
@@ -94,5 +133,32 @@ extern "C" int emoe_layers_idle(const Layer* layers, const Experts* experts, int
     return asker >= 0 && head != nullptr ? help_with_head(*head, *exchange, asker, threads) : kDone;
 }
 
+// Computes a feed-forward half: out [T, hidden] of x [T, hidden]. `index` [T, top_k] gets the experts that the tokens chose.
+// `experts` is null in a trial: then `out` is that of the shared expert alone. Returns a Status.
+extern "C" int emoe_feed_forward(const FeedForward* half, const Experts* experts, Exchange* exchange, const bf16* x,
+                                 int64_t tokens, int64_t* index, bf16* out, int trunk_threads, int expert_threads) {
+    thread_local std::vector<float> logits, scores; // as above
+    const FeedForward& f = *half;
+    const int64_t chosen = tokens * f.top_k;
+    if (int64_t(logits.size()) < tokens * f.num_experts) logits.resize(tokens * f.num_experts);
+    if (int64_t(scores.size()) < chosen) scores.resize(chosen);
+    if (f.scored)
+        emoe_route_scored(x, tokens, f.hidden, f.router, f.num_experts, f.wide, f.logistic, f.added, f.groups, f.top_groups,
+                          f.best, f.top_k, f.normalise, f.scale, logits.data(), scores.data(), index, trunk_threads);
+    else
+        emoe_route(x, tokens, f.hidden, f.router, f.router_bias, f.num_experts, f.top_k, f.normalise, (bf16*)logits.data(),
+                   scores.data(), index, trunk_threads);
+    for (int64_t i = 0; f.rounds && i < chosen; i += 16) {
+        const Lanes lanes = lanes_before(i, chosen);
+        store(scores.data() + i, rounded(load(scores.data() + i, lanes)), lanes);
+    }
+    if (experts == nullptr) std::fill(out, out + tokens * f.hidden, bf16(0));
+    else if (const int status = run_experts(*experts, exchange, x, tokens, f.hidden, f.top_k, index, scores.data(), out,
+                                            expert_threads))
+        return status;
+    if (f.gate.packed != nullptr) add_shared(f, x, tokens, out, trunk_threads);
+    return 0;
+}
+
 // Writes the bytes of the structures that model/native/structs.py mirrors, in its order.
-extern "C" void emoe_layers_sizes(int64_t* sizes) { sizes[0] = sizeof(Layer); sizes[1] = sizeof(Experts); }
+extern "C" void emoe_layers_sizes(int64_t* sizes) { sizes[0] = sizeof(Layer); sizes[1] = sizeof(Experts); sizes[2] = sizeof(FeedForward); }

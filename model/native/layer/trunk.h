@@ -59,4 +59,12 @@ inline void rotate_pairs_row(const bf16* x, const bf16* cosine, const bf16* sine
     }
 }
 
+// Adds x to `sum`.
+inline void add_row(const bf16* x, int64_t size, bf16* sum) {
+    for (int64_t c = 0; c < size; c += 16) {
+        const Lanes lanes = lanes_before(c, size);
+        store(sum + c, add(load(x + c, lanes), load(sum + c, lanes)), lanes);
+    }
+}
+
 } // namespace emoe

@@ -13,16 +13,18 @@ from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
 from elastic_moe.model.fitting import fit as fitting
 from elastic_moe.model.fitting.attention_half import FittedLayer, fit_layers
+from elastic_moe.model.fitting.latent_half import LatentLayer
 from tests.model.families import tiny_checkpoint
 from tests.model.native.test_models import logits, runner_of, texts
 
 JOINED = ["mixtral", "mixtral-sliding", "qwen3_moe-mixed", "qwen2_moe-sliding", "olmoe", "glm4_moe", "minimax_m2"]
 JOINED += ["gpt_oss"]
-OTHERS = ["deepseek_v3", "phimoe", "granitemoe", "ernie4_5_moe", "gemma4_text"]
-"""Latent attention, layer norms, scaled sums, other rotary embeddings, further norms."""
+LATENT = ["deepseek_v3", "deepseek_v3-yarn", "glm4_moe_lite", "axk1"]
+OTHERS = ["phimoe", "granitemoe", "ernie4_5_moe", "gemma4_text", "deepseek_v2", "mistral4"]
+"""Layer norms, scaled sums, other rotary embeddings, further norms; queries that are scaled by their position."""
 
 
-@pytest.mark.parametrize("family", JOINED + OTHERS)
+@pytest.mark.parametrize("family", JOINED + LATENT + OTHERS)
 def test_which_layers_are_joined(
     lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,19 +41,21 @@ def test_which_layers_are_joined(
     fitting.fit(trunk, expert_modules(trunk), block_size=16)
     layers = sum("self_attn" in dict(module.named_children()) for module in trunk.modules())
     assert layers > 0
-    assert found == [layers if family in JOINED else 0]
+    assert found == [0 if family in OTHERS else layers]
 
 
-@pytest.mark.parametrize("family", JOINED)
+@pytest.mark.parametrize("family", JOINED + LATENT[:2])
 def test_the_same_bits_as_the_parts(
     lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_checkpoint(family, tmp_path_factory)
     joined = runner_of(path)
-    fitted = [m.forward for m in joined._trunk.modules() if isinstance(m.forward, FittedLayer)]
+    fitted = [m.forward for m in joined._trunk.modules() if isinstance(m.forward, FittedLayer | LatentLayer)]
     for layer in fitted:
         # so the joined call serves each step: it takes what the trunk passes, also narrow cosines and sines
         layer._original = None  # type: ignore[assignment]
+        if isinstance(layer, LatentLayer):
+            assert all(len(text) < layer._below for text in texts(512))
     assert fitted
     monkeypatch.setattr(fitting, "fit_layers", lambda *_: [])
     parts = runner_of(path)

@@ -1,0 +1,75 @@
+"""A matrix that embedding and output layer share is packed once, and both compute what they did."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.cluster.fit import CodePath, FitNotes
+from elastic_moe.model.int8 import quantize
+from elastic_moe.model.trunk.linear import PackedLinear
+from elastic_moe.model.trunk.tied import pack_tied
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * 3
+
+
+class Model(nn.Module):
+    def __init__(self, embedding: type[nn.Embedding], rows: int, **settings: float) -> None:
+        super().__init__()
+        self.embed = embedding(rows, 32, **settings)
+        self.head = nn.Linear(32, rows, bias=False)
+        self.head.weight = self.embed.weight
+        self.bfloat16()
+
+
+@pytest.mark.parametrize("embedding", [nn.Embedding, Scaled])
+@pytest.mark.parametrize("rows", [64, 150])
+def test_both_compute_what_they_did(lib: ctypes.CDLL, embedding: type[nn.Embedding], rows: int) -> None:
+    model = Model(embedding, rows).requires_grad_(False)
+    ids, x = torch.tensor([[0, 63, rows - 1, 5]]), torch.randn(3, 32).bfloat16()
+    looked_up, product = model.embed(ids), model.head(x)
+    plain = model.embed.weight.clone()
+    notes = FitNotes()
+    pack_tied(lib, model, notes)
+    [row] = notes.rows()
+    assert row.path is CodePath.NATIVE
+    assert torch.equal(model.embed(ids), looked_up)
+    torch.testing.assert_close(model.head(x), product, rtol=2**-7, atol=2**-7)
+    # whoever multiplies by the embedding's weight gets the same, and it is still told apart by its shape
+    assert torch.equal(F.linear(x, model.embed.weight), model.head(x))
+    assert model.embed.weight.shape == plain.shape
+    assert model.embed.weight.dtype == torch.bfloat16
+
+
+def test_in_8_bits_both_have_the_rounded_matrix(lib: ctypes.CDLL) -> None:
+    """Plain embeddings are rounded by `pack_linears`."""
+    model, plain = Model(Scaled, 150).requires_grad_(False), Model(nn.Embedding, 150)
+    x, weight = torch.randn(3, 32).bfloat16(), model.embed.weight.clone()
+    pack_tied(lib, model, FitNotes(), ExpertForm.INT8)
+    values, scales = quantize(weight)
+    rounded = (values.float() * scales).bfloat16()
+    torch.testing.assert_close(model.embed(torch.arange(150)), rounded * 3, rtol=2**-7, atol=2**-9)
+    torch.testing.assert_close(model.head(x), F.linear(x, rounded), rtol=0.02, atol=0.02)
+    pack_tied(lib, plain, FitNotes(), ExpertForm.INT8)
+    assert type(plain.head) is nn.Linear
+
+
+def test_what_others_use_too_stays(lib: ctypes.CDLL) -> None:
+    third, normed = Model(nn.Embedding, 64), Model(nn.Embedding, 64, max_norm=1.0)
+    third.other = nn.Linear(32, 64, bias=False)
+    third.other.weight = third.embed.weight
+    apart = Model(nn.Embedding, 64)
+    apart.head.weight = nn.Parameter(torch.zeros(64, 32).bfloat16())
+    for model in (third, normed, apart):
+        pack_tied(lib, model, FitNotes())
+        assert not any(isinstance(module, PackedLinear) for module in model.modules())
