@@ -2,8 +2,8 @@
 
 A step is predicted as  base_s + token_expert_s * U + bytes_s * B,  with U the tokens in whose time the last worker of
 a layer is done, summed over layers, and B the bytes of the busiest link, both as the cost model counts them
-(optimizer/core/cost.py). `base_s` is the rest of the step, which placements do not change. U depends on how many workers
-compute at full speed at once (`node_cores`), which is fitted too.
+(optimizer/core/cost.py). `base_s` is the rest of the step, which placements do not change. U depends on how many
+workers compute at full speed at once (`node_cores`), which is fitted too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from elastic_moe.cluster.config import cache_directory
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import Placement
-from elastic_moe.optimizer.core.cost import price, sharing_weights, shares, worker_loads
+from elastic_moe.optimizer.core.cost import price, shares, sharing_weights, worker_loads
 from elastic_moe.optimizer.core.problem import BITS, GIGA, Links, PlacementProblem
 
 FEWEST_CORES = 2
@@ -114,7 +114,8 @@ def fit(seen: Sequence[Observation], *, workers: int, step_tokens: int) -> Const
 
     Raises ConfigError where steps do not grow with the slowest worker's tokens.
     """
-    tried = [(float(cores), *_fitted(seen, float(cores))) for cores in np.arange(workers, FEWEST_CORES - 0.01, -CORES_STEP)]
+    numbers = np.arange(workers, FEWEST_CORES - 0.01, -CORES_STEP).tolist()
+    tried = [(cores, *_fitted(seen, cores)) for cores in numbers]
     usable = [one for one in tried if one[1][1] > 0]
     if not usable:
         raise ConfigError(

@@ -175,8 +175,8 @@ def problem_of(
 def _measured_in_turns(
     group: MeasuredGroup, placements: list[Placement], args: argparse.Namespace, problem: PlacementProblem
 ) -> list[Observation]:
-    """Measure each placement in every turn, in another order each time, since the machine's speed changes. A placement's
-    step is the median of all."""
+    """Measure each placement in every turn, in another order each time, since the machine's speed changes. The step of
+    a placement is the median of all."""
     rng, times = np.random.default_rng(1), [list[float]() for _ in placements]
     for _ in range(args.turns):
         for number in rng.permutation(len(placements)):
