@@ -93,7 +93,8 @@ class NativeExchange:
         """Compute the experts of one layer for the tokens of all ranks. Returns this rank's sums [T, H] in bfloat16.
 
         `experts` are the layer's arguments in moe.cpp. `routes_WE` (int16) is the rank that computes expert E for the
-        tokens of rank W by the placement alone; of replicas, all ranks choose by the tokens of the round. Blocks on the other ranks. Raises StepAborted if one of them is gone, or after `abort()`.
+        tokens of rank W by the placement alone; of replicas, all ranks choose by the tokens of the round. Blocks on the
+        other ranks. Raises StepAborted if one of them is gone, or after `abort()`.
         """
         x_TH, index_TK, weight_TK = x_TH.contiguous(), index_TK.contiguous(), weight_TK.float().contiguous()
         assert x_TH.dtype == torch.bfloat16

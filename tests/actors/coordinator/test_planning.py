@@ -124,9 +124,7 @@ def test_planners_reckon_with_what_was_measured_or_set() -> None:
 
 
 def test_planners_reckon_with_what_was_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    measured = Constants(
-        workers=2, step_tokens=64, base_s=1e-3, token_expert_s=5e-6, node_cores=1.5, worker_gbps=2.0
-    )
+    measured = Constants(workers=2, step_tokens=64, base_s=1e-3, token_expert_s=5e-6, node_cores=1.5, worker_gbps=2.0)
     path = tmp_path / "constants.json"
     save_constants(path, [measured])
     config = ServeConfig(calibration=str(path))
