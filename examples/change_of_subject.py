@@ -18,9 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +111,16 @@ class Server:
         return {one["operation_id"]: one["reason"] for one in completed}
 
     def rebalance(self) -> str:
-        """Ask for a rebalance and report how it ended; /admin/operations has the details."""
-        operation = self._call("/admin/rebalance", {"planner": "auto"})
+        """Ask for a rebalance and report how it ended; /admin/operations has the details. A look of the server's own
+        that is under way goes first."""
+        while True:
+            try:
+                operation = self._call("/admin/rebalance", {"planner": "auto"})
+                break
+            except urllib.error.HTTPError as error:
+                if error.code != HTTPStatus.CONFLICT:
+                    raise
+                time.sleep(0.2)
         while operation["phase"] not in ("completed", "failed"):
             time.sleep(0.2)
             operation = self._call(f"/admin/operations/{operation['operation_id']}")

@@ -1,8 +1,9 @@
 """The cost model's constants as they were measured on a machine, and how they are fitted to measured steps.
 
-A step is predicted as  base_s + token_expert_s * U + bytes_s * B,  with U the tokens that the slowest worker computes,
-summed over layers, and B the bytes of the busiest link, both as the cost model counts them (optimizer/core/cost.py).
-`base_s` is the rest of the step, which placements do not change.
+A step is predicted as  base_s + token_expert_s * U + bytes_s * B,  with U the tokens in whose time the last worker of
+a layer is done, summed over layers, and B the bytes of the busiest link, both as the cost model counts them
+(optimizer/core/cost.py). `base_s` is the rest of the step, which placements do not change. U depends on how many
+workers compute at full speed at once (`node_cores`), which is fitted too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,20 @@ from elastic_moe.cluster.config import cache_directory
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import Placement
-from elastic_moe.optimizer.core.cost import price
+from elastic_moe.optimizer.core.cost import price, shares, sharing_weights, worker_loads
 from elastic_moe.optimizer.core.problem import BITS, GIGA, Links, PlacementProblem
+
+FEWEST_CORES = 2
+"""On one node, steps of fewer cores are those of two with another `base_s` and `token_expert_s`."""
+
+CORES_STEP = 0.25
+"""Between two numbers of cores that are tried."""
+
+SURPLUS = 0.98
+"""Share of the squared errors that a further constant must leave at most, to be kept."""
+
+SAME_ERROR = 1e-12
+"""Difference of two sums of squared relative errors that arithmetic explains."""
 
 _MOST = sys.float_info.max
 """JSON has integers that no float holds."""
@@ -42,8 +55,15 @@ class Constants:
     """Seconds of a step beside its experts and their traffic."""
     token_expert_s: float
     """Seconds that one token takes in one expert."""
+    node_cores: float
+    """How many of the workers compute at full speed at once; more of them share the cores evenly."""
     worker_gbps: float | None = None
     """Bandwidth of a worker's link; None where steps did not show that traffic costs anything."""
+
+    def cores_for(self, workers: int) -> float:
+        """`node_cores` of a problem with that many workers on a node; infinite where the workers that were measured did
+        not share, which says nothing of more of them."""
+        return self.node_cores if self.node_cores < self.workers or workers <= self.workers else math.inf
 
     def __post_init__(self) -> None:
         for name in ("workers", "step_tokens", "token_expert_s"):
@@ -51,6 +71,10 @@ class Constants:
                 raise ConfigError(
                     f"calibration: {name}: expected a positive number, got {reprlib.repr(getattr(self, name))}"
                 )
+        if not 1 <= self.node_cores <= _MOST:
+            raise ConfigError(
+                f"calibration: node_cores: expected a number of at least 1, got {reprlib.repr(self.node_cores)}"
+            )
         if not 0 <= self.base_s <= _MOST:
             raise ConfigError(f"calibration: base_s: expected a number of at least 0, got {reprlib.repr(self.base_s)}")
         if self.worker_gbps is not None and not 0 < self.worker_gbps <= _MOST:
@@ -61,20 +85,28 @@ class Constants:
 class Observation:
     """A measured step, and what the cost model counts of it."""
 
-    compute_tokens: float
-    """U: tokens that the slowest worker of each layer computes, over its speed, summed over layers."""
+    ranked_tokens: tuple[float, ...]
+    """[W] tokens over speed of the worker of a layer that has most, of the second, and so on, each summed over layers.
+    All workers are on one node."""
     link_bytes: float
     """B: bytes of the busiest link of each layer, summed over layers."""
     step_s: float
 
+    def compute_tokens(self, node_cores: float) -> float:
+        """U: tokens in whose time the last worker of each layer is done, summed over layers."""
+        return float(np.dot(sharing_weights(len(self.ranked_tokens), node_cores), self.ranked_tokens))
+
 
 def observation(problem: PlacementProblem, placement: Placement, step_s: float) -> Observation:
-    """What the cost model counts of a step that `problem` has counted, under `placement`."""
-    unit = dataclasses.replace(
-        problem, token_expert_s=1.0, links=Links(worker_gbps=BITS / GIGA, node_gbps=BITS / GIGA), affinity=0.0
+    """What the cost model counts of a step that `problem`, whose workers are on one node, has counted, under
+    `placement`."""
+    assert not problem.node_of.any()
+    unit = dataclasses.replace(problem, links=Links(worker_gbps=BITS / GIGA, node_gbps=BITS / GIGA), affinity=0.0)
+    loads = worker_loads(problem, shares(problem, placement.physical_to_logical_map)) * problem.scale[:, None]
+    ranked = -np.sort(-loads / problem.speed, axis=1)
+    return Observation(
+        ranked_tokens=tuple(ranked.sum(axis=0).tolist()), link_bytes=price(unit, placement).traffic_s, step_s=step_s
     )
-    cost = price(unit, placement)
-    return Observation(compute_tokens=cost.compute_s, link_bytes=cost.traffic_s, step_s=step_s)
 
 
 def fit(seen: Sequence[Observation], *, workers: int, step_tokens: int) -> Constants:
@@ -82,7 +114,33 @@ def fit(seen: Sequence[Observation], *, workers: int, step_tokens: int) -> Const
 
     Raises ConfigError where steps do not grow with the slowest worker's tokens.
     """
-    rows = np.array([[1.0, one.compute_tokens, one.link_bytes] for one in seen])
+    numbers = np.arange(workers, FEWEST_CORES - 0.01, -CORES_STEP).tolist()
+    tried = [(cores, *_fitted(seen, cores)) for cores in numbers]
+    usable = [one for one in tried if one[1][1] > 0]
+    if not usable:
+        raise ConfigError(
+            "calibration: steps did not take longer where the slowest worker had more tokens: give a model whose"
+            " experts take most of a step, or --step-tokens with more tokens"
+        )
+    least = min(left for *_, left in usable)
+    # as many cores as explain the steps nearly as well as the best number does
+    node_cores, (base_s, token_expert_s, byte_s), _ = next(
+        one for one in usable if one[2] * SURPLUS <= least + SAME_ERROR
+    )
+    return Constants(
+        workers=workers,
+        step_tokens=step_tokens,
+        base_s=base_s,
+        token_expert_s=token_expert_s,
+        node_cores=node_cores,
+        worker_gbps=BITS / GIGA / byte_s if byte_s > 0 else None,
+    )
+
+
+def _fitted(seen: Sequence[Observation], node_cores: float) -> tuple[tuple[float, float, float], float]:
+    """((base_s, token_expert_s, byte_s), the sum of squared relative errors), 0 for a constant that explains
+    nothing."""
+    rows = np.array([[1.0, one.compute_tokens(node_cores), one.link_bytes] for one in seen])
     times = np.array([one.step_s for one in seen])
     scale = np.maximum(rows.max(axis=0), 1e-300)
     found, least = np.zeros(3), math.inf
@@ -91,29 +149,18 @@ def fit(seen: Sequence[Observation], *, workers: int, step_tokens: int) -> Const
             part = (rows / scale)[:, columns] / times[:, None]
             solved = np.linalg.lstsq(part, np.ones(len(times)), rcond=None)[0]
             left = float(((part @ solved - 1) ** 2).sum())
-            # a further constant must explain something
-            if (solved >= 0).all() and left < least * 0.98:
+            if (solved >= 0).all() and left < least * SURPLUS:
                 found, least = np.zeros(3), left
                 found[list(columns)] = solved
-    base_s, token_expert_s, byte_s = found / scale
-    if token_expert_s <= 0:
-        raise ConfigError(
-            "calibration: steps did not take longer where the slowest worker had more tokens: give a model whose"
-            " experts take most of a step, or --step-tokens with more tokens"
-        )
-    return Constants(
-        workers=workers,
-        step_tokens=step_tokens,
-        base_s=float(base_s),
-        token_expert_s=float(token_expert_s),
-        worker_gbps=float(BITS / GIGA / byte_s) if byte_s > 0 else None,
-    )
+    base_s, token_expert_s, byte_s = (found / scale).tolist()
+    return (base_s, token_expert_s, byte_s), least
 
 
 def predicted_s(constants: Constants, one: Observation) -> float:
     """Seconds of the observed step by the constants."""
     traffic_s = 0.0 if constants.worker_gbps is None else one.link_bytes * BITS / GIGA / constants.worker_gbps
-    return constants.base_s + constants.token_expert_s * one.compute_tokens + traffic_s
+    compute_s = constants.token_expert_s * one.compute_tokens(constants.node_cores)
+    return constants.base_s + compute_s + traffic_s
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

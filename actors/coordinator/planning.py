@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -60,7 +61,7 @@ def build_problem(
     memory: tuple[WorkerMemory, ...] = (),
     links: Links | None = None,
     tokens_per_step: int = DEFAULT_STEP_TOKENS,
-    token_expert_s: float | None = None,
+    constants: Constants | None = None,
     dealt: bool = False,
     shared_disk: bool = False,
 ) -> PlacementProblem:
@@ -79,7 +80,7 @@ def build_problem(
     memory: [W] the tiers of each worker; empty if every expert fits.
     links: bandwidths; None: those of eight H100.
     tokens_per_step: of the whole cluster.
-    token_expert_s: seconds of a token in an expert, as measured; None: those of an H100.
+    constants: what `emoe calibrate` has measured; None: those of an H100, and every worker has cores of its own.
     dealt: whether workers deal the misses of each step. shared_disk: whether they read from one disk.
     """
     counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
@@ -98,7 +99,8 @@ def build_problem(
         memory=memory,
         links=links or Links(),
         tokens_per_step=tokens_per_step,
-        token_expert_s=PlacementProblem.token_expert_s if token_expert_s is None else token_expert_s,
+        token_expert_s=PlacementProblem.token_expert_s if constants is None else constants.token_expert_s,
+        node_cores=math.inf if constants is None else constants.cores_for(len(placement.workers)),
         dealt=dealt,
         shared_disk=shared_disk,
         move_budget=min(max(1, round(MOVE_SHARE * counted.size)), counted.size if room is None else room),
@@ -321,7 +323,7 @@ class Planners:
                 links=links,
                 # how many tokens a step has decides how many experts it needs
                 tokens_per_step=running if memory else DEFAULT_STEP_TOKENS,
-                token_expert_s=None if constants is None else constants.token_expert_s,
+                constants=constants,
                 dealt=deals(facts),
                 shared_disk=share_disk(facts) and not any(each.host_experts for each in memory),
             )

@@ -12,11 +12,12 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 
 from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.cluster.facts.sampling import RoutingSample, as_choices
 from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.cluster.placement import Placement, Worker, contiguous
+from elastic_moe.cluster.placement import EMPTY, Placement, Worker, contiguous
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.measuring.group import Measured, MeasuredGroup
 from elastic_moe.model.measuring.process import Job
@@ -32,15 +33,17 @@ from elastic_moe.optimizer.constants import (
     save_constants,
 )
 from elastic_moe.optimizer.core.problem import PlacementProblem
+from elastic_moe.optimizer.core.table import row_of, to_placement
 from elastic_moe.optimizer.planner import plan
 from elastic_moe.optimizer.study.graded import graded
 from elastic_moe.optimizer.study.scenario import make_workers
 
-CHECKED = 10
-"""Number of placements, from best to worst, on which the prediction is checked."""
+CHECKED = tuple(number / 9 for number in range(10))
+"""How uneven the placements are on which the prediction is checked, from best to worst."""
 
-FITTED = 6
-"""Number of other ones, from best to worst, to which the constants are fitted."""
+FITTED = (0.1, 0.1, 0.3, 0.3, 0.5, 0.5, 0.7, 0.7, 0.9, 0.9)
+"""The same of the other ones, to which the constants are fitted: each twice, with few and with many workers busy beside
+the busiest one."""
 
 LEAST_CORRELATION = 0.5
 """Of predicted and measured steps, below which constants are not kept."""
@@ -105,7 +108,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 def calibrate(args: argparse.Namespace, info: ModelInfo, dtype: str, number: int) -> tuple[Constants, Checked]:
     """Measure with `number` workers. Raises ConfigError where nothing can be fitted, WorkerError where one ends."""
-    workers = make_workers(number, nodes=1, num_experts=info.num_logical_experts)
+    workers = make_workers(number, nodes=1, num_experts=info.num_logical_experts, redundant=_spare(info, number))
     first = contiguous(info.num_layers, info.num_logical_experts, workers)
     job = Job(
         path=str(args.model),
@@ -120,8 +123,7 @@ def calibrate(args: argparse.Namespace, info: ModelInfo, dtype: str, number: int
     with MeasuredGroup(job) as group:
         problem = problem_of(info, workers, group.measure(first, args.steps), args.step_tokens, dtype)
         rng = np.random.default_rng(0)
-        quiet = plan(dataclasses.replace(problem, token_expert_s=1e-15), planner="local_search", deadline_s=PLAN_S)
-        fitted = [*graded(problem, FITTED, rng), quiet.placement]
+        fitted = [*graded(problem, FITTED, rng), _quiet(problem)]
         placements = [*fitted, *graded(problem, CHECKED, rng)]
         seen = _measured_in_turns(group, placements, args, problem)
     constants = fit(seen[: len(fitted)], workers=number, step_tokens=args.step_tokens)
@@ -130,6 +132,26 @@ def calibrate(args: argparse.Namespace, info: ModelInfo, dtype: str, number: int
         predicted_s=tuple(predicted_s(constants, one) for one in rest), measured_s=tuple(one.step_s for one in rest)
     )
     return constants, checked
+
+
+def _spare(info: ModelInfo, number: int) -> int:
+    """Slots of a layer beyond one for each expert: as many as let one worker hold all experts but one for each other
+    worker, if half of the memory that is free holds them."""
+    layer_bytes = info.num_layers * info.expert_bytes
+    most = int(psutil.virtual_memory().available / 2 // layer_bytes) - info.num_logical_experts
+    return max(0, min((number - 1) * (info.num_logical_experts - number), most))
+
+
+def _quiet(problem: PlacementProblem) -> Placement:
+    """A placement with little traffic, and without replicas."""
+    tight = make_workers(len(problem.workers), nodes=1, num_experts=problem.num_experts)
+    asked = dataclasses.replace(problem, workers=tight, token_expert_s=1e-15)
+    found = plan(asked, planner="local_search", deadline_s=PLAN_S).placement
+    rows = [
+        row_of(problem, [[e for e in found.experts_of(worker.id, layer) if e != EMPTY] for worker in tight])
+        for layer in range(problem.num_layers)
+    ]
+    return to_placement(problem, np.stack(rows))
 
 
 def problem_of(
@@ -155,12 +177,16 @@ def problem_of(
 def _measured_in_turns(
     group: MeasuredGroup, placements: list[Placement], args: argparse.Namespace, problem: PlacementProblem
 ) -> list[Observation]:
-    """Measure each placement in every turn, in another order each time, since the machine's speed changes."""
+    """Measure each placement in every turn, in another order each time, since the machine's speed changes. The step of
+    a placement is the median of all."""
     rng, times = np.random.default_rng(1), [list[float]() for _ in placements]
     for _ in range(args.turns):
         for number in rng.permutation(len(placements)):
-            times[number].append(group.measure(placements[number], args.steps).step_s)
-    return [observation(problem, placement, min(seconds)) for placement, seconds in zip(placements, times, strict=True)]
+            times[number] += group.measure(placements[number], args.steps).steps_s
+    return [
+        observation(problem, placement, statistics.median(seconds))
+        for placement, seconds in zip(placements, times, strict=True)
+    ]
 
 
 def _as_json(constants: Constants, checked: Checked) -> str:
@@ -176,10 +202,15 @@ def _as_text(constants: Constants, checked: Checked) -> str:
         f"  {1e3 * said:9.2f} {1e3 * seen:9.2f}  {said / seen - 1:+6.1%}"
         for said, seen in zip(checked.predicted_s, checked.measured_s, strict=True)
     )
+    shared = (
+        ""
+        if constants.node_cores == constants.workers
+        else f"\nthe workers share cores, as if {constants.node_cores:g} of them computed at once"
+    )
     return (
         f"{constants.workers} workers, steps of {constants.step_tokens} tokens:"
         f" {1e6 * constants.token_expert_s:.3f} us for a token in an expert, {1e3 * constants.base_s:.2f} ms of a step"
-        f" beside that, {link}\n"
+        f" beside that, {link}{shared}\n"
         f"placements that were not fitted, from best to worst, in ms:\n"
         f"  predicted  measured\n{rows}\n"
         f"rank correlation {checked.rank_correlation:.3f}, median error {checked.median_error:.1%}"

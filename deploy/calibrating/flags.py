@@ -31,8 +31,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--step-tokens", type=int, default=DEFAULT_STEP_TOKENS, metavar="N",
         help=f"prompt tokens of a step, of all workers ({DEFAULT_STEP_TOKENS})",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="steps under a placement in a turn (8)")
-    parser.add_argument("--turns", type=int, default=3, metavar="N", help="turns over all placements (3)")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps under a placement in a turn (3)")
+    parser.add_argument("--turns", type=int, default=6, metavar="N", help="turns over all placements (6)")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="as for `emoe serve` (auto)"
     )

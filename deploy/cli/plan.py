@@ -67,6 +67,13 @@ def _cluster_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--speeds", metavar="S,S,..", help="relative speed of each worker (all the same)")
     parser.add_argument(
+        "--node-cores",
+        type=float,
+        default=problem["node_cores"].default,
+        metavar="N",
+        help="workers of a node that compute at full speed at once; more of them share its cores, or its GPU (all)",
+    )
+    parser.add_argument(
         "--experts", type=int, metavar="E", help="number of experts per layer (highest id in the trace + 1)"
     )
     parser.add_argument(

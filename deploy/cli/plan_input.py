@@ -92,6 +92,7 @@ def make_problem(
         expert_bytes=args.expert_bytes,
         horizon_steps=args.horizon,
         speeds=_speeds(args),
+        node_cores=args.node_cores,
         memory=memories(args, len(workers), trace.num_layers),
         tokens_per_step=step_tokens(args, DEFAULT_STEP_TOKENS),
         dealt=args.dealt,

@@ -18,7 +18,8 @@ from elastic_moe.model.native.exchange import NativeExchange
 
 
 class NativeDispatcher(Dispatcher):
-    """The dispatcher of a native exchange. TransportDispatcher is its oracle; partial sums travel in float32 here."""
+    """The dispatcher of a native exchange. TransportDispatcher is its oracle; partial sums travel in float32 here.
+    Where experts have replicas, these are chosen by a round's own counts, and sums travel in two pieces."""
 
     def __init__(self, placement: Placement, rank: int, store: ExpertStore, exchange: NativeExchange) -> None:
         super().__init__()

@@ -21,8 +21,8 @@ from elastic_moe.model.measuring.process import Job, Steps, serve
 class Measured:
     """Steps under one placement."""
 
-    step_s: float
-    """Of the slowest worker, in the fastest step: other programs on the machine only make steps longer."""
+    steps_s: tuple[float, ...]
+    """Of the slowest worker, in each step."""
     load: npt.NDArray[np.int64]
     """[L, E] tokens that chose each expert, over all workers and steps."""
     samples: npt.NDArray[np.int64]
@@ -65,9 +65,8 @@ class MeasuredGroup:
         self._tell(placement)
         self._tell(1)
         seen: Sequence[Steps] = self._tell(steps)
-        slowest = [max(times) for times in zip(*(one.step_s for one in seen), strict=True)]
         return Measured(
-            step_s=min(slowest),
+            steps_s=tuple(max(times) for times in zip(*(one.step_s for one in seen), strict=True)),
             load=np.sum([one.load for one in seen], axis=0),
             # a worker without tokens has samples of another shape
             samples=np.concatenate([one.samples for one in seen if len(one.samples)] or [seen[0].samples]),

@@ -67,7 +67,8 @@ class NativeExchange:
         self._lib = lib
         self._timeout_s = timeout_s
         room_bytes = _room_bytes(size)
-        capacity = max_tokens if one_round else min(max_tokens, _ROUND_TOKENS)
+        # where experts have replicas, sums take twice the room, and a round has half as many tokens
+        capacity = 2 * max_tokens if one_round else max(2, min(max_tokens, _ROUND_TOKENS))
         while capacity > _LEAST_TOKENS and lib.emoe_exchange_bytes(size, capacity, hidden, top_k) > room_bytes:
             capacity //= 2
 
@@ -97,7 +98,8 @@ class NativeExchange:
         """Compute the experts of one layer for the tokens of all ranks. Returns this rank's sums [T, H] in bfloat16.
 
         `experts` are the layer's arguments in moe.cpp. `routes_WE` (int16) is the rank that computes expert E for the
-        tokens of rank W. Blocks on the other ranks. Raises StepAborted if one of them is gone, or after `abort()`.
+        tokens of rank W by the placement alone; of replicas, all ranks choose by the tokens of the round. Blocks on the
+        other ranks. Raises StepAborted if one of them is gone, or after `abort()`.
         """
         x_TH, index_TK, weight_TK = x_TH.contiguous(), index_TK.contiguous(), weight_TK.float().contiguous()
         assert x_TH.dtype == torch.bfloat16

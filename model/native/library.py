@@ -76,6 +76,7 @@ _SIGNATURES = {
     "emoe_exchange_begin": "pp",
     "emoe_exchange_decline": "p",
     "emoe_exchange_waited": "pp",
+    "emoe_choose_replicas": "iippp",
     "emoe_exchange_layer": "piiptttffppppppt>t",
     "emoe_layers": "ppipipippiipipiptt>t",
     "emoe_layers_idle": "ppippt>t",

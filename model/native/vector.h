@@ -325,4 +325,10 @@ inline Floats over_logistic(Floats top, Floats x) {
     return div(top, add(all(1.f), exponential(sub(zero(), x))));
 }
 
+// What rounding takes off the sum of a and b, exactly (Knuth).
+inline Floats lost(Floats a, Floats b, Floats sum) {
+    const Floats rest = sub(sum, a);
+    return add(sub(a, sub(sum, rest)), sub(b, rest));
+}
+
 } // namespace emoe

@@ -42,9 +42,10 @@ def wait_bound(problem: PlacementProblem) -> float:
 
 
 def compute_bound(problem: PlacementProblem) -> FloatArray:
-    """[L] seconds: the larger of an even split, and of the heaviest expert, in as many replicas as there are slots for,
-    on the fastest worker."""
-    ideal = problem.loads.sum(axis=1) / problem.speed.sum()
+    """[L] seconds: the largest of an even split over the workers, of one over the nodes' cores, and of the heaviest
+    expert, in as many replicas as there are slots for, on the fastest worker."""
+    at_once = float(np.minimum(np.bincount(problem.node_of), problem.node_cores).sum())
+    ideal = problem.loads.sum(axis=1) / min(float(problem.speed.sum()), at_once * float(problem.speed.max()))
     replicas = min(len(problem.workers), 1 + _spare(problem))
     heaviest = problem.loads.max(axis=1) / (replicas * problem.speed.max())
     return np.asarray(problem.token_expert_s * problem.scale * np.maximum(ideal, heaviest))

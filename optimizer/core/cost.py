@@ -7,9 +7,12 @@ expert e's tokens that worker w serves (1 / replicas of e on each holder: the ev
 that of the next layer,
 
   compute    (1 - tail) mean_c P_c + tail * (mean of the worst quarter of the P_c), both by the scenarios' weights:
-             P_c = sum_l  token_expert_s * max_w load_w / speed_w,      load_w = sum_e load_e x[e,w]
-             for the loads of scenario c. Everything else is priced for `loads`, the mean of the scenarios; without
-             scenarios they are the only one.
+             P_c = sum_l  token_expert_s * max_n (t_1 + sum_{k>1} (max(1, k/R) - max(1, (k-1)/R)) t_k)
+             for the loads of scenario c, with t_1 >= t_2 >= ... the times load_w / speed_w of the workers of node n,
+             load_w = sum_e load_e x[e,w], and R = node_cores: R workers of a node compute at full speed at once, and
+             more of them share the cores (or the device) evenly, so the k that are left when k+1 are done run at R/k
+             of it, until R are left. With R >= W it is max_w load_w / speed_w. Everything but computing is priced for
+             `loads`, the mean of the scenarios; without scenarios they are the only one.
   traffic    sum_l  token_bytes * (busiest link's tokens / its bandwidth), links being every worker's port and every
              node's uplink, each way apart
     home       twice (there and back). A token goes once to each worker that holds one of its experts; n_w tokens go to
@@ -164,9 +167,27 @@ def load_imbalance(problem: PlacementProblem, x: FloatArray) -> FloatArray:
 
 
 def scenario_computes(problem: PlacementProblem, x: FloatArray) -> FloatArray:
-    """[C, L] seconds in which the slowest worker of each layer computes, in each scenario."""
+    """[C, L] seconds until the last worker of each layer has computed, in each scenario."""
     loads = np.matmul(problem.scenarios[0].transpose(1, 0, 2), x)
-    return np.asarray((problem.token_expert_s * problem.scale)[:, None] * (loads / problem.speed).max(axis=2)).T
+    return np.asarray((problem.token_expert_s * problem.scale)[:, None] * last_end(problem, loads / problem.speed)).T
+
+
+def last_end(problem: PlacementProblem, alone: FloatArray) -> FloatArray:
+    """[...] when the last worker of a layer is done, where each takes `alone` [..., W] if it has a core for itself."""
+    if not problem.shares_cores:
+        return np.asarray(alone.max(axis=-1))
+    ends = []
+    for workers in problem.membership.T > 0:
+        longest_first = -np.sort(-alone[..., workers], axis=-1)
+        ends.append(longest_first @ sharing_weights(longest_first.shape[-1], problem.node_cores))
+    return np.asarray(np.max(ends, axis=0))
+
+
+def sharing_weights(workers: int, cores: float) -> FloatArray:
+    """[W] what the time that each worker takes alone adds to the end of a layer; the worker that takes longest comes
+    first."""
+    slower = np.maximum(1.0, np.arange(1, workers + 1) / cores)
+    return np.diff(slower, prepend=0.0)
 
 
 def layer_costs(problem: PlacementProblem, x: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -5,6 +5,7 @@ Legend: L MoE layers, E logical experts, W workers, S slots over all workers, K 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -81,6 +82,9 @@ class PlacementProblem:
     """Weight of the worst quarter of the scenarios in the price of computing, 0..1; the rest is their mean."""
     speeds: tuple[float, ...] = ()
     """[W] relative speed of each worker; empty where all are the same."""
+    node_cores: float = math.inf
+    """Number of workers of a node that compute at full speed at once: its cores, as far as they do not slow one another
+    down, or 1 where workers share a GPU. Where a node has more workers, these share the cores evenly."""
     memory: tuple[WorkerMemory, ...] = ()
     """[W] what each worker's tiers hold, and how long an expert takes from each; empty where all experts fit. A worker
     may have more slots than its device has room for."""
@@ -153,6 +157,11 @@ class PlacementProblem:
     def speed(self) -> FloatArray:
         """[W] relative speeds."""
         return np.asarray(self.speeds or (1.0,) * len(self.workers), dtype=np.float64)
+
+    @cached_property
+    def shares_cores(self) -> bool:
+        """Whether some node has more workers than cores."""
+        return bool(np.bincount(self.node_of).max() > self.node_cores)
 
     @cached_property
     def tokens(self) -> FloatArray:

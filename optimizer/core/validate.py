@@ -115,6 +115,8 @@ def _check_numbers(problem: PlacementProblem, experts: int) -> None:
         value = getattr(problem, name)
         if not 0 <= value < np.inf:
             raise PlacementError(f"{name}: expected at least 0, got {value!r}")
+    if not problem.node_cores >= 1:
+        raise PlacementError(f"node_cores: expected at least 1, got {problem.node_cores!r}")
     if not 0 <= problem.tail <= 1:
         raise PlacementError(f"tail: expected 0 to 1, got {problem.tail!r}")
     if problem.move_budget is not None and problem.move_budget < 0:

@@ -64,15 +64,16 @@ def _exact(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
             break
         table = joint.table()
         found_s = price_table(problem, table, joint.levels()).total_s
-        if problem.scenario_loads is not None and found_s >= best_s and bound <= before * (1 + PROVEN):
-            # the model knows the mean loads only, so it need not meet the true cost
+        inexact = problem.scenario_loads is not None or problem.shares_cores
+        if inexact and found_s >= best_s and bound <= before * (1 + PROVEN):
+            # the model knows the mean loads and the slowest worker only, so it need not meet the true cost
             break
         if found_s < best_s:
             best, best_s, levels = table, found_s, joint.levels()
         if not _add_tangents(problem, joint, table) and not solution.optimal:
             break
     proven = bound >= best_s * (1 - 10 * PROVEN)
-    how = "to proof" if proven else "until the deadline" if budget.left_s <= 0 else "for the scenarios' mean loads"
+    how = "to proof" if proven else "until the deadline" if budget.left_s <= 0 else "for the mean loads' slowest worker"
     return Draft(
         table=best,
         levels=levels,

@@ -13,6 +13,7 @@ from elastic_moe.optimizer.core.cost import (
     follow_traffic,
     held_before,
     home_traffic,
+    last_end,
     move_price,
     price_table,
     remote_share,
@@ -84,9 +85,10 @@ class LayerPricer:
         self._computes[:, layer] = self._compute(layer)
 
     def _compute(self, layer: int) -> FloatArray:
-        """[C] seconds in which the slowest worker of the layer computes, in each scenario."""
+        """[C] seconds until the last worker of the layer has computed, in each scenario."""
         load = self.problem.scenarios[0][:, layer] @ self.x[layer]
-        return np.asarray(self.problem.token_expert_s * self.problem.scale[layer] * (load / self.problem.speed).max(1))
+        end = last_end(self.problem, load / self.problem.speed)
+        return np.asarray(self.problem.token_expert_s * self.problem.scale[layer] * end)
 
     def scenario_weights(self) -> FloatArray:
         """[C] weight of each scenario in the price of the present table."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from elastic_moe.cluster.errors import PlacementError
@@ -50,6 +51,7 @@ def problem_from_trace(
     expert_bytes: int = 0,
     horizon_steps: float = 10_000.0,
     speeds: tuple[float, ...] = (),
+    node_cores: float = math.inf,
     memory: tuple[WorkerMemory, ...] = (),
     tokens_per_step: int = DEFAULT_STEP_TOKENS,
     dealt: bool = False,
@@ -67,6 +69,7 @@ def problem_from_trace(
         top_k=counted.top_k,
         workers=tuple(workers),
         speeds=speeds,
+        node_cores=node_cores,
         links=links or Links(),
         current=current,
         expert_bytes=expert_bytes,

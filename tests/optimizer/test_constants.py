@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,13 @@ from elastic_moe.optimizer.study.graded import graded
 from tests.cluster.simulation import MODEL
 from tests.optimizer.cases import tiny
 
-TRUE = Constants(workers=3, step_tokens=64, base_s=2e-3, token_expert_s=3e-6, worker_gbps=0.5)
+TRUE = Constants(workers=3, step_tokens=64, base_s=2e-3, token_expert_s=3e-6, node_cores=2.0, worker_gbps=0.5)
 
 
 def seen(rng: np.random.Generator, true: Constants, noise: float = 0.0) -> list[Observation]:
     """Steps that follow the cost model but for noise, under placements whose loads and links differ."""
-    rows = [(u, b) for u in (300.0, 450.0, 600.0) for b in (1e5, 2e5, 4e5)]
-    steps = [Observation(compute_tokens=u, link_bytes=b, step_s=1.0) for u, b in rows]
+    ranked = [(300.0, 300.0, 300.0), (450.0, 450.0, 0.0), (450.0, 225.0, 225.0), (600.0, 200.0, 100.0)]
+    steps = [Observation(ranked_tokens=u, link_bytes=b, step_s=1.0) for u in ranked for b in (1e5, 2e5, 4e5)]
     times = [predicted_s(true, one) * (1 + noise * rng.standard_normal()) for one in steps]
     return [dataclasses.replace(one, step_s=step_s) for one, step_s in zip(steps, times, strict=True)]
 
@@ -61,22 +62,27 @@ def test_an_observation_is_what_the_cost_model_counts() -> None:
     """With the constants in the problem, its price and the prediction are the same."""
     problem = tiny(0, layers=3, experts=12, workers=3, speeds=(1.0, 2.0, 1.0), affinity=0.0, covariance=False)
     problem = dataclasses.replace(
-        problem, token_expert_s=TRUE.token_expert_s, links=Links(worker_gbps=0.5, node_gbps=0.5)
+        problem, token_expert_s=TRUE.token_expert_s, node_cores=2.0, links=Links(worker_gbps=0.5, node_gbps=0.5)
     )
-    for placement in graded(problem, 4, np.random.default_rng(0)):
+    for placement in graded(problem, (0.0, 0.3, 1.0), np.random.default_rng(0)):
         one = observation(problem, placement, 1.0)
         assert predicted_s(TRUE, one) == pytest.approx(TRUE.base_s + price(problem, placement).realised_s)
 
 
 def test_graded_placements_go_from_even_to_uneven() -> None:
-    problem = tiny(1, layers=5, experts=24, workers=4)
-    unit = [
-        observation(problem, placement, 1.0).compute_tokens
-        for placement in graded(problem, 10, np.random.default_rng(0))
-    ]
-    assert unit[0] == min(unit)
-    assert unit[-1] == max(unit)
-    assert rank_correlation(unit, range(10)) > 0.9
+    problem = tiny(1, layers=5, experts=24, workers=4, slots=(21,) * 4)
+    parts = [0.0, 0.25, 0.25, 0.5, 0.5, 1.0]
+    seen = [observation(problem, placement, 1.0) for placement in graded(problem, parts, np.random.default_rng(0))]
+    busiest = [one.compute_tokens(math.inf) / sum(one.ranked_tokens) for one in seen]
+    assert busiest == pytest.approx([0.25, 0.4375, 0.4375, 0.625, 0.625, 1.0], abs=0.04)
+    # by turns, the rest is on few workers and on all others
+    assert [one.ranked_tokens[3] > 0.5 * one.ranked_tokens[1] for one in seen[1:5]] == [False, True, False, True]
+
+
+def test_more_workers_than_were_measured_share_only_if_those_shared() -> None:
+    assert TRUE.cores_for(8) == 2.0
+    alone = dataclasses.replace(TRUE, node_cores=3)
+    assert (alone.cores_for(3), alone.cores_for(8)) == (3, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +109,10 @@ def test_files_keep_constants_and_the_nearest_number_of_workers_counts(tmp_path:
         ("[" * 100_000, "which is JSON"),
         ("[]", "calibration: expected a list"),
         ('{"calibration": []}', "calibration: expected a list"),
-        ('{"calibration": [{"workers": 2}]}', "expected the keys base_s, step_tokens"),
+        ('{"calibration": [{"workers": 2}]}', "expected the keys base_s, node_cores, step_tokens"),
         (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"base_s": "2"}]}), "base_s: expected a number"),
         (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"token_expert_s": 0}]}), "token_expert_s: expected"),
+        (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"node_cores": 0.5}]}), "node_cores: expected"),
         (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"workers": None}]}), "workers: expected a number"),
         (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"worker_gbps": -1}]}), "worker_gbps: expected"),
         (json.dumps({"calibration": [dataclasses.asdict(TRUE) | {"token_expert_s": 10**400}]}), "token_expert_s: exp"),

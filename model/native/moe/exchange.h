@@ -9,6 +9,9 @@
 // n, and a peer publishes these when it has read the rank's tokens of round n. A rank writes its sums of round n+1 when it
 // has every peer's tokens of round n+1, and a peer publishes these when it has read the rank's sums of round n.
 //
+// Where experts have replicas, every rank knows all choices of a round before it takes any token, and all ranks choose the
+// same replicas (replicas.h). Sums then have two pieces (experts.h), so rounds have half as many tokens at most.
+//
 // Where one rank alone has tokens in a step, and few of them, the others help it with the matrices of its trunk, which every
 // rank has: it asks a question, and each rank that waits for it computes a share of the columns (block.cpp). A question lies
 // where the asking rank's hidden states lie later, and an answer where the helper's partial sums do: these are read before,
@@ -70,7 +73,9 @@ struct Segment {
     uint16_t* rows() const { return (uint16_t*)(base + layout.rows_at()); }
     float* all_sums() const { return (float*)(base + layout.sums_at()); }
     uint16_t* answer() const { return (uint16_t*)all_sums(); }
-    float* sums(int64_t rank) const { return all_sums() + sums_begin()[rank] * layout.hidden; }
+    float* sums(int64_t rank, int64_t pieces) const {
+        return all_sums() + sums_begin()[rank] * pieces * layout.hidden;
+    }
 };
 
 // The questions between two rounds, in their order: the output head of the step before, and the products of a block.

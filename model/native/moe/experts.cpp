@@ -151,15 +151,19 @@ void down(const Layer& layer, const typename Bits::Rows& hidden, const Sorted& s
 }
 
 // Adds an expert's output, 16 columns from `column` on, to the sum of its row.
-void add_output(const Layer& layer, const Sorted& sorted, int64_t pair, int64_t column, Lanes lanes, Floats y, float* out) {
-    float* to = out + sorted.row[pair] * layer.hidden + column;
+void add_output(const Layer& layer, const Sorted& sorted, int64_t pair, int64_t column, Lanes lanes, Floats y, Sums out) {
+    float* to = out.data + sorted.row[pair] * out.pieces * layer.hidden + column;
     // product and sum are not fused, since the PyTorch path rounds twice here
-    store(to, add(load(to, lanes), mul(y, all(sorted.weight[pair]))), lanes);
+    const Floats before = load(to, lanes), product = mul(y, all(sorted.weight[pair])), after = add(before, product);
+    store(to, after, lanes);
+    if (out.pieces == 1) return;
+    float* low = to + layer.hidden;
+    store(low, add(load(low, lanes), lost(before, product, after)), lanes);
 }
 
 template <class Bits>
 void sum(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t rows, typename Bits::Rows& hidden,
-         bf16* raw, const Sorted& sorted, float* out, int threads) {
+         bf16* raw, const Sorted& sorted, Sums out, int threads) {
     const int64_t wide = panels(layer.width), items = int64_t(sorted.active.size()) * wide;
     const int64_t pairs = sorted.row.size();
     x.resize(rows, layer.hidden);
@@ -211,7 +215,7 @@ void outputs(const Layer& layer, const typename Bits::Rows& x, typename Bits::Ro
 }
 
 // Adds up the pairs' outputs in the order of the experts, as `sum` does.
-void add_outputs(const Layer& layer, const Sorted& sorted, const bf16* outputs, float* out, int threads) {
+void add_outputs(const Layer& layer, const Sorted& sorted, const bf16* outputs, Sums out, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Share mine(panels(layer.hidden), omp_get_thread_num(), omp_get_num_threads());
@@ -227,7 +231,7 @@ void add_outputs(const Layer& layer, const Sorted& sorted, const bf16* outputs, 
 // As `sum`, for experts of which some are not in memory: they are computed as `supply` brings them.
 template <class Bits>
 int sum_supplied(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t rows, typename Bits::Rows& hidden,
-                 bf16* raw, const Sorted& sorted, float* out, int threads) {
+                 bf16* raw, const Sorted& sorted, Sums out, int threads) {
     thread_local std::vector<bf16> scratch;
     const int64_t pairs = sorted.row.size(), active = sorted.active.size();
     if (int64_t(scratch.size()) < pairs * layer.hidden) scratch.resize(pairs * layer.hidden);
@@ -250,7 +254,7 @@ int sum_supplied(const Layer& layer, typename Bits::Rows& x, const bf16* from, i
 
 template <class Bits>
 int sum_any(const Layer& layer, typename Bits::Rows& x, const bf16* from, int64_t rows, typename Bits::Rows& hidden,
-            bf16* raw, const Sorted& sorted, float* out, int threads) {
+            bf16* raw, const Sorted& sorted, Sums out, int threads) {
     if (layer.supply != nullptr) {
         for (int64_t e : sorted.active)
             if (layer.gate_up[e] == nullptr)
@@ -270,21 +274,21 @@ void Supply::note(const int64_t* experts, int64_t count) {
     log_used += count;
 }
 
-int sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choices& choices, float* out, int threads) {
+int sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choices& choices, Sums sums, int threads) {
     const Sorted sorted(choices, rows, layer.num_experts);
     // this memory is kept from call to call, since fresh memory costs page faults
     thread_local std::vector<bf16> scratch;
     thread_local Rows8 x8, hidden8;
     const int64_t needed = int64_t(sorted.row.size()) * layer.width;
     if (int64_t(scratch.size()) < needed) scratch.resize(needed);
-    std::memset(out, 0, rows * layer.hidden * sizeof(float));
+    std::memset(sums.data, 0, rows * sums.pieces * layer.hidden * sizeof(float));
     return with_form(layer.bits, [&](auto bits) {
         using Bits = decltype(bits);
         if constexpr (std::is_same_v<typename Bits::Row, Row8>)
-            return sum_any<Bits>(layer, x8, x, rows, hidden8, scratch.data(), sorted, out, threads);
+            return sum_any<Bits>(layer, x8, x, rows, hidden8, scratch.data(), sorted, sums, threads);
         else {
             Bits16::Rows x16{x, 0}, hidden16{scratch.data(), 0};
-            return sum_any<Bits>(layer, x16, x, rows, hidden16, scratch.data(), sorted, out, threads);
+            return sum_any<Bits>(layer, x16, x, rows, hidden16, scratch.data(), sorted, sums, threads);
         }
     });
 }
@@ -304,7 +308,7 @@ extern "C" int emoe_experts(const bf16* x, int64_t rows, int64_t hidden, int64_t
     thread_local std::vector<float> sums;
     if (int64_t(sums.size()) < rows * hidden) sums.resize(rows * hidden);
     const Choices choices{index, index_bytes, weight, weight_bytes, top_k};
-    if (const int status = sum_of_experts(layer, x, rows, choices, sums.data(), threads)) return status;
+    if (const int status = sum_of_experts(layer, x, rows, choices, {sums.data(), 1}, threads)) return status;
     for (int64_t i = 0; i < rows * hidden; i += 16) store(out + i, load(sums.data() + i), lanes_before(i, rows * hidden));
     return 0;
 }

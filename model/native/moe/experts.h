@@ -52,10 +52,17 @@ struct Choices {
     int64_t top_k;
 };
 
-// out [rows, hidden] = for every row, the sum of its experts' outputs times their weights, in the order of the experts.
+// Where sums go: [rows, pieces, hidden] floats. With two pieces a sum is a high and a low part, which together have some 48
+// bits. So sums of parts, rounded to bfloat16, have the same bits however experts are divided among the parts.
+struct Sums {
+    float* data;
+    int64_t pieces; // 1 or 2
+};
+
+// sums [rows, pieces, hidden] = for every row, the sum of its experts' outputs times their weights, in the order of the experts.
 // An expert's output is rounded to bfloat16 where the PyTorch path rounds it. Sums are in float32. Their bits do not depend
 // on which experts were in memory. Returns 0, or kUnavailable if an expert cannot be read.
 constexpr int kUnavailable = 4; // beside the values of Status in exchange.h
-int sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choices& choices, float* out, int threads);
+int sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choices& choices, Sums sums, int threads);
 
 } // namespace emoe

@@ -124,7 +124,7 @@ def test_planners_reckon_with_what_was_measured_or_set() -> None:
 
 
 def test_planners_reckon_with_what_was_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    measured = Constants(workers=2, step_tokens=64, base_s=1e-3, token_expert_s=5e-6, worker_gbps=2.0)
+    measured = Constants(workers=2, step_tokens=64, base_s=1e-3, token_expert_s=5e-6, node_cores=1.5, worker_gbps=2.0)
     path = tmp_path / "constants.json"
     save_constants(path, [measured])
     config = ServeConfig(calibration=str(path))
@@ -134,8 +134,8 @@ def test_planners_reckon_with_what_was_calibrated(tmp_path: Path, caplog: pytest
     assert links_of(ServeConfig(worker_gbps=10), workers, {}, measured).worker_gbps == 10.0
     nothing = np.zeros((LAYERS - 1, EXPERTS, EXPERTS))
     load = np.ones((LAYERS, EXPERTS))
-    problem = build_problem(TOLD, PLACEMENT, load, nothing, dtype="bfloat16", token_expert_s=measured.token_expert_s)
-    assert problem.token_expert_s == 5e-6
+    problem = build_problem(TOLD, PLACEMENT, load, nothing, dtype="bfloat16", constants=measured)
+    assert (problem.token_expert_s, problem.node_cores) == (5e-6, 1.5)
     path.write_text("{")
     assert constants_for(config, TOLD, "bfloat16", "cpu") == ()
     assert "planners reckon with the usual constants" in caplog.text
@@ -144,7 +144,7 @@ def test_planners_reckon_with_what_was_calibrated(tmp_path: Path, caplog: pytest
 def test_constants_of_a_model_are_found_where_they_were_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert constants_for(ServeConfig(), TOLD, "bfloat16", "cpu") == ()
-    measured = Constants(workers=2, step_tokens=64, base_s=0.0, token_expert_s=5e-6)
+    measured = Constants(workers=2, step_tokens=64, base_s=0.0, token_expert_s=5e-6, node_cores=2)
     save_constants(calibration_file(TOLD, "bfloat16", "cpu"), [measured])
     assert constants_for(ServeConfig(), TOLD, "bfloat16", "cpu") == (measured,)
     assert constants_for(ServeConfig(), TOLD, "bfloat16", "cuda") == ()

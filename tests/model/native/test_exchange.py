@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,13 +23,14 @@ from hypothesis import strategies as st
 from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
 from elastic_moe.cluster.placement import Placement, contiguous
-from elastic_moe.model.exchange.dispatcher import LayerShape, route_table
+from elastic_moe.model.exchange.dispatcher import LayerShape, held_table, route_table
 from elastic_moe.model.exchange.join import join_exchange, make_dispatcher
 from elastic_moe.model.exchange.native_dispatch import NativeDispatcher
 from elastic_moe.model.exchange.shared_memory import SharedMemoryTransport
 from elastic_moe.model.native import library
 from elastic_moe.model.native.exchange import NativeExchange
 from elastic_moe.model.native.segments import DIRECTORY
+from elastic_moe.optimizer.buffering.replicas import ReplicaChoice
 from tests.model.exchange.test_dispatch import placements
 from tests.model.groups import ToyExperts, run_group, toy_store, workers
 from tests.model.processes import processes
@@ -142,6 +144,42 @@ def test_sums_are_the_same_bits_on_every_run_and_in_any_company(lib: ctypes.CDLL
         for _ in range(5):
             for a, b in zip(first, serve(placement, company, exchanges)[0], strict=True):
                 assert torch.equal(a, b)
+
+
+REPLICATED = Placement(
+    num_logical_experts=EXPERTS,
+    workers=workers(4, 4, 4),
+    physical_to_logical_map=np.array([[0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 0, 2]] * LAYERS, dtype=np.int32),
+)
+
+
+def test_replicas_are_chosen_by_the_tokens_and_sums_have_the_same_bits_in_any_company(lib: ctypes.CDLL) -> None:
+    exchanges = join(lib, 3)
+    first = serve(REPLICATED, [4, 9, 2], exchanges)[0]
+    for company in ([4, 0, 0], [4, 30, 1], [4, 1, 40]):
+        for a, b in zip(first, serve(REPLICATED, company, exchanges)[0], strict=True):
+            assert torch.equal(a, b)
+    check(REPLICATED, [4, 9, 2], exchanges)
+    # 40 tokens take several rounds of at most 8, in which the choices differ
+    for a, b in zip(first, serve(REPLICATED, [4, 1, 40], join(lib, 3, round_tokens=16))[0], strict=True):
+        assert torch.equal(a, b)
+
+
+@settings(max_examples=50, deadline=None)
+@given(placement=placements(), seed=st.integers(0, 10**6), most=st.sampled_from([1, 4, 40]))
+def test_the_library_chooses_as_its_oracle(placement: Placement, seed: int, most: int) -> None:
+    lib = library()
+    if lib is None:
+        pytest.skip("no native library")
+    size, experts = len(placement.workers), placement.num_logical_experts
+    routes_WE = torch.stack([route_table(placement, r)[0] for r in range(size)]).to(torch.int16).numpy()
+    rng = np.random.default_rng(seed)
+    tokens_WE = rng.integers(0, most + 1, (size, experts)).astype(np.int32)
+    chosen_WE = np.empty((size, experts), dtype=np.int16)
+    lib.emoe_choose_replicas(size, experts, routes_WE.ctypes.data, tokens_WE.ctypes.data, chosen_WE.ctypes.data)
+    expected_WE = ReplicaChoice(held_table(placement)[0]).ranks(tokens_WE.astype(np.int64))
+    asked = np.broadcast_to(tokens_WE.sum(axis=0) > 0, chosen_WE.shape)
+    assert (chosen_WE[asked] == expected_WE[asked]).all()
 
 
 def test_all_ranks_take_the_same_path(lib: ctypes.CDLL) -> None:

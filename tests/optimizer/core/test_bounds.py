@@ -29,6 +29,8 @@ SHAPES = [
     {"workers": 2, "experts": 3, "nodes": 2, "slots": (3, 2)},
     {"workers": 3, "nodes": 3, "slots": (2, 2, 1), "links": Links(ports_gbps=(9.0, 1.0, 0.1))},
     {"workers": 2, "scenarios": 4},
+    {"workers": 3, "slots": (2, 2, 2), "node_cores": 1.5, "speeds": (1.0, 2.0, 1.0)},
+    {"workers": 4, "nodes": 2, "slots": (2, 2, 2, 2), "node_cores": 1.0},
     {"workers": 2, "slots": (3, 2), "nodes": 2, "links": Links(ports_gbps=(900.0, 90.0), uplinks_gbps=(700.0, 2000.0))},
 ]
 
@@ -51,7 +53,7 @@ def test_the_eigenvalue_bound_is_met_by_cliques() -> None:
 
 @pytest.mark.parametrize("semantics", Semantics)
 @pytest.mark.parametrize(
-    "shape", [SHAPES[0], SHAPES[3], *(pytest.param(SHAPES[n], marks=pytest.mark.slow) for n in (4, 5, 8))]
+    "shape", [SHAPES[0], SHAPES[3], *(pytest.param(SHAPES[n], marks=pytest.mark.slow) for n in (4, 5, 10))]
 )
 def test_the_ilp_proves_the_brute_force_optimum(shape: dict[str, Any], semantics: Semantics) -> None:
     problem = tiny(5, semantics=semantics, **shape)
@@ -67,6 +69,15 @@ def test_the_ilp_weighs_moves_speeds_and_nothing_optional() -> None:
     result = plan(problem, planner="ilp", deadline_s=15, clock=time.process_time)
     assert result.cost.total_s == pytest.approx(optimum(problem), rel=1e-6)
     assert result.cost.migration_s > 0 or result.moves == 0
+
+
+def test_where_workers_share_cores_the_ilp_proves_what_it_can() -> None:
+    problem = tiny(4, workers=3, layers=1, experts=5, node_cores=2.0)
+    result = plan(problem, planner="ilp", deadline_s=15, clock=time.process_time)
+    best = optimum(problem)
+    assert result.lower_bound <= best * (1 + 1e-9)
+    assert best <= result.cost.total_s * (1 + 1e-9)
+    assert result.cost.total_s <= plan(problem, planner="greedy").cost.total_s
 
 
 def test_with_scenarios_the_ilp_is_no_worse_than_its_start_and_proves_no_more_than_the_bound() -> None:

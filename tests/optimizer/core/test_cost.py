@@ -1,6 +1,7 @@
 """The cost model against its formulas written as loops; what the search sees against the cost model."""
 
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,9 @@ def by_loops(problem: PlacementProblem, table: np.ndarray) -> float:
         for c, given_loads in enumerate([problem.loads] if problem.scenario_loads is None else problem.scenario_loads):
             same = problem.loads[layer].sum() / given_loads[layer].sum()
             load = [sum(same * given_loads[layer, e] * x(layer, e, w) for e in experts) for w in range(width)]
-            computes[c] += problem.token_expert_s * scale * max(load[w] / problem.speed[w] for w in range(width))
+            alone = [load[w] / problem.speed[w] for w in range(width)]
+            end = max(end_by_sharing([alone[w] for w in ranks], problem.node_cores) for ranks in on.values())
+            computes[c] += problem.token_expert_s * scale * end
         if problem.load_covariance is not None:
             ideal = problem.loads[layer].sum() / problem.speed.sum()
             for w in range(width):
@@ -81,6 +84,19 @@ def by_loops(problem: PlacementProblem, table: np.ndarray) -> float:
     return total + mean_and_worst_quarter(computes, problem.scenario_weights, problem.tail)
 
 
+def end_by_sharing(alone: list[float], cores: float) -> float:
+    """When the last of some workers is done: those that have something left share the cores evenly."""
+    left, now = list(alone), 0.0
+    while any(one > 1e-9 for one in left):
+        busy = [w for w, one in enumerate(left) if one > 1e-9]
+        speed = min(1.0, cores / len(busy))
+        took = min(left[w] for w in busy) / speed
+        now += took
+        for w in busy:
+            left[w] -= took * speed
+    return now
+
+
 def mean_and_worst_quarter(computes: list[float], weights: tuple[float, ...], tail: float) -> float:
     weights = weights or (1.0,) * len(computes)
     left = quarter = sum(weights) / 4
@@ -92,13 +108,21 @@ def mean_and_worst_quarter(computes: list[float], weights: tuple[float, ...], ta
     return (1 - tail) * mean + tail * worst / quarter
 
 
-@pytest.mark.parametrize(("uneven", "scenarios"), [(False, 0), (True, 0), (False, 3), (True, 7)])
+@pytest.mark.parametrize(
+    ("uneven", "scenarios", "node_cores"), [(False, 0, math.inf), (True, 0, 1.0), (False, 3, 1.5), (True, 7, 2.0)]
+)
 @pytest.mark.parametrize("semantics", Semantics)
 @pytest.mark.parametrize(
     ("workers", "nodes", "slots"), [(2, 1, ()), (3, 1, (2, 2, 2)), (4, 2, (1, 2, 2, 1)), (3, 3, (4, 1, 2))]
 )
 def test_cost_is_its_formulas(
-    semantics: Semantics, workers: int, nodes: int, slots: tuple[int, ...], uneven: bool, scenarios: int
+    semantics: Semantics,
+    workers: int,
+    nodes: int,
+    slots: tuple[int, ...],
+    uneven: bool,
+    scenarios: int,
+    node_cores: float,
 ) -> None:
     rng = np.random.default_rng(1)
     links = Links(ports_gbps=(1.0, 20.0, 0.3, 5.0)[:workers], uplinks_gbps=(2.0, 0.1, 7.0)[:nodes])
@@ -109,6 +133,7 @@ def test_cost_is_its_formulas(
         slots=slots,
         semantics=semantics,
         speeds=(1.0, 2.0, 0.5, 1.5)[:workers],
+        node_cores=node_cores,
         links=links if uneven else Links(),
         scenarios=scenarios,
         tail=0.3,
@@ -140,7 +165,7 @@ def test_a_home_keeps_the_tokens_of_its_replica() -> None:
         [(2, 1, (2, 2)), (2, 1, (3, 2)), (3, 1, (2, 2, 2)), (4, 2, (1, 1, 2, 1)), (4, 2, (2, 2, 2, 2))]
     ),
     semantics=st.sampled_from(list(Semantics)),
-    fields=st.sampled_from([{}, {"covariance": False}, {"affinity": 0.0}, {"scenarios": 5}, {"scenarios": 2}]),
+    fields=st.sampled_from([{}, {"covariance": False}, {"affinity": 0.0}, {"scenarios": 5}, {"node_cores": 1.5}]),
     uneven=st.booleans(),
 )
 def test_what_the_search_sees_of_a_layer_is_the_cost_of_changing_it(

@@ -43,6 +43,8 @@ ONE = Worker(id=WorkerId("a"), node="n", slots=4)
         ({"workers": (dataclasses.replace(ONE, slots=3),)}, "at least 1 more slots are needed"),
         ({"workers": (dataclasses.replace(ONE, slots=0),)}, "at least one slot"),
         ({"speeds": (1.0,)}, "speeds: expected 2"),
+        ({"node_cores": 0.5}, "node_cores: expected at least 1"),
+        ({"node_cores": float("nan")}, "node_cores: expected at least 1"),
         ({"speeds": (1.0, 0.0)}, "speeds: every worker's speed"),
         ({"top_k": 9}, "top_k: expected 1 to 4"),
         ({"semantics": "away"}, "semantics: expected home or follow"),
