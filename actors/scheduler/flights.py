@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -13,7 +14,7 @@ from elastic_moe.actors.caches.rows import Column, Indices, Rows
 from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.caches.worker_cache import WorkerCache
 from elastic_moe.actors.scheduler.admission import Part
-from elastic_moe.cluster.messages.columns import NO_TOKEN, column_of
+from elastic_moe.cluster.messages.columns import NO_TOKEN
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput, Tokens
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.steps import Decoding, Sample, StepResult
@@ -27,15 +28,15 @@ UNCHANGED = Decoding()
 class Grown:
     """The new blocks of one worker that its plan names, as in Decoding."""
 
-    blocks: list[int] = field(default_factory=list)
-    windows: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    windows: array[int] = field(default_factory=lambda: array("i"))
 
     def add(self, cache: WorkerCache, request: RunningRequest) -> None:
         """Add the last block of a request."""
         seat, number = request.row - cache.base, len(request.blocks) - 1
-        self.blocks += (seat, number, request.blocks[-1])
+        self.blocks.extend((seat, number, request.blocks[-1]))
         if request.window is not None:
-            self.windows += (seat, number, request.window.blocks[-1])
+            self.windows.extend((seat, number, request.window.blocks[-1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ class Flight:
         `grown` as in Decoding. `known`: the column of that name in Rows, where the rows have been run."""
         begin, end = self.bounds[cache.worker]
         rows = self.rows[begin:end]
-        blocks, windows = (b"", b"") if grown is None else (column_of(grown.blocks), column_of(grown.windows))
+        blocks, windows = (b"", b"") if grown is None else (grown.blocks.tobytes(), grown.windows.tobytes())
         if last is not None:
             before, after = last.bounds[cache.worker]
             same = last.names is self.names or np.array_equal(last.rows[before:after], rows)
