@@ -169,14 +169,13 @@ def placement_for(facts: Facts, members: Sequence[WorkerRecord]) -> Placement:
         assert record.info is not None, f"{record.id} has not loaded"
         workers.append(Worker(id=record.id, node=record.info.node, slots=count))
     has = {record.id: record.has for record in members}
-    placement = adapt(workers, has, facts.load, {record.id: _served(facts, record.id) for record in members})
+    nothing, ranks = np.zeros(facts.load.shape, dtype=np.bool_), set(facts.ranks)
+    served = {
+        record.id: nothing if facts.spec is None or record.id not in ranks else serves(facts.spec.placement, record.id)
+        for record in members
+    }
+    placement = adapt(workers, has, facts.load, served)
     return assign_tiers(placement, facts.rooms(members), has, facts.load)
-
-
-def _served(facts: Facts, worker: WorkerId) -> BoolArray:
-    if facts.spec is None or worker not in facts.ranks:
-        return np.zeros(facts.load.shape, dtype=np.bool_)
-    return serves(facts.spec.placement, worker)
 
 
 def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
