@@ -347,6 +347,14 @@ def test_errors_of_the_engine(call: Call) -> None:
     assert error(response, 500)["message"] == "worker w1 is lost"
     streamed = call("POST", "/v1/completions", json={**COMPLETION, "stream": True}, backend=FakeBackend(fail_after=1))
     assert events(streamed)[-1]["error"]["message"] == "worker w1 is lost"
+    # what was held back comes before the error
+    config = {"stream_interval": 9}
+    streamed = call(
+        "POST", "/v1/completions", json={**COMPLETION, "stream": True}, backend=FakeBackend(fail_after=2), config=config
+    )
+    *parts, last = events(streamed)
+    assert [part["choices"][0]["text"] for part in parts] == ["`", "a"]
+    assert last["error"]["message"] == "worker w1 is lost"
 
 
 def test_a_bug_is_a_500_without_its_traceback(call: Call, caplog: pytest.LogCaptureFixture) -> None:
