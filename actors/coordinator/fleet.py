@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_moe.actors import names
 from elastic_moe.actors.coordinator.migrator import Migrator
+from elastic_moe.actors.description import describe
 from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations, ray_nodes
@@ -181,7 +182,7 @@ class RayFleet:
         worker_class: type | None = None,
         engine_class: type | None = None,
     ) -> None:
-        """`model`, where it is known already, saves the coordinator some five seconds of imports.
+        """`model`, where it is known already, saves the coordinator the seconds in which it is described.
 
         alone: `emoe serve` has started this Ray itself, on this machine alone. It will not grow, so workers make do
         with what it has.
@@ -252,10 +253,7 @@ class RayFleet:
 
     def read_model(self, model_dir: str) -> ModelInfo:
         if self._model is None:
-            # here, not above: who only calls a coordinator needs neither torch nor transformers
-            from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-
-            self._model = open_checkpoint(model_dir).info
+            self._model = describe(model_dir)
         dtype = self._model.dtype if self._config.dtype == "auto" else self._config.dtype
         native = self._model.kept is ExpertForm.PLAIN or _native()
         form = self._model.form(self._config.expert_dtype, dtype, self.device(), native=native)

@@ -20,11 +20,11 @@ from typing import Any
 
 import psutil
 
+from elastic_moe.actors.description import describe
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.decisions.limits import check_groups, check_limits
 from elastic_moe.cluster.errors import EmoeError, UserError
 from elastic_moe.cluster.facts.operations import ENDED
-from elastic_moe.cluster.gc_pause import no_collection
 from elastic_moe.cluster.keys import authorization
 from elastic_moe.cluster.lines import ESCAPES
 from elastic_moe.cluster.messages.epochs import ModelInfo
@@ -181,12 +181,9 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
                 process.wait()
     else:
         model_dir = os.path.abspath(os.path.expanduser(config.model))
-        # the tokenizer is checked in another process, while this one imports what a model needs
+        # the tokenizer is checked meanwhile
         with TokenizerProcess(model_dir, config.chat_template) as process:
-            with no_collection():
-                from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-
-            info = open_checkpoint(model_dir).info
+            info = describe(model_dir)
             process.wait()
     check_limits(config, info)
     check_groups(config, psutil.virtual_memory().total)

@@ -36,6 +36,7 @@ from ray.serve import Application
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.coordinator.fleet import ON_HEAD
 from elastic_moe.actors.coordinator.start import start_groups, stop_cluster, stop_unused_clusters
+from elastic_moe.actors.description import describe
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask
@@ -213,10 +214,7 @@ def build_app(args: dict[str, Any]) -> Application:
     config = with_keys(ServeConfig.from_mapping(args, source="args"), os.environ)
     check_installed(config)
     model_dir = config.model or str(MODEL_DIR)
-    # imported here, because replicas need no torch
-    from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-
-    check_limits(config, open_checkpoint(model_dir).info)
+    check_limits(config, describe(model_dir))
     # Serve runs this on the cluster's head, or on a machine of its own cluster
     check_groups(dataclasses.replace(config, address="auto"), psutil.virtual_memory().total)
     with TokenizerProcess(model_dir, config.chat_template) as process:

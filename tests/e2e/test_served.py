@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -28,6 +29,14 @@ def test_completion_and_stream_are_transformers_tokens(server: Server, reference
     assert (stream.text, stream.finish_reason) == (expected, "length")
     # tokens come one by one, not all at the end
     assert len(stream.stamps) > 32
+
+
+def test_only_workers_have_pytorch(server: Server) -> None:
+    """It takes some 270 MB of each process that imports it."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    having = {p.name() for p in family if "libtorch_cpu.so" in Path(f"/proc/{p.pid}/maps").read_text()}
+    assert len(having) == 1, having
+    assert having.pop().startswith("ray::WorkerActor")
 
 
 def test_chat(server: Server, reference: Reference) -> None:

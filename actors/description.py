@@ -1,0 +1,55 @@
+"""Describes a model in a process that ends.
+
+A description needs PyTorch and transformers, which take four seconds and 270 MB. The processes that ask for one (the
+server's main process, coordinators) never need them again.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+
+from elastic_moe.cluster.errors import CheckpointError, EmoeError
+from elastic_moe.cluster.gc_pause import no_collection
+from elastic_moe.cluster.messages.epochs import ModelInfo
+
+
+def describe(model_dir: str) -> ModelInfo:
+    """What `open_checkpoint(model_dir).info` is. Blocks for some seconds.
+
+    Raises CheckpointError as `open_checkpoint` does, and EmoeError where the process fails.
+    """
+    # the other process must import the same modules as this one
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {main.__module__} import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, model_dir],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        check=False,
+        # Ctrl-C is meant for this process, which then ends the other one
+        start_new_session=True,
+    )
+    if ended.returncode:
+        raise EmoeError(f"{model_dir}: the process that reads its description ended with code {ended.returncode}")
+    said: ModelInfo | CheckpointError = pickle.loads(ended.stdout)
+    if isinstance(said, CheckpointError):
+        raise said
+    return said
+
+
+def main() -> None:
+    """The process itself: writes the pickled description, or the error, to its standard output."""
+    # what a library prints goes to the log
+    answer = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with no_collection():
+        from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
+    said: ModelInfo | CheckpointError
+    try:
+        said = open_checkpoint(sys.argv[1]).info
+    except CheckpointError as error:
+        said = error
+    with os.fdopen(answer, "wb") as out:
+        pickle.dump(said, out)
