@@ -149,6 +149,8 @@ class StepLoop:
             begun = self._now()
             if await self._act():
                 self._excuse(self._now() - begun)
+                # one piece of work at a time, so that the event loop is not held for several
+                await asyncio.sleep(0)
                 continue
             when = self._set_timer()
             await self._wake.wait()
