@@ -62,6 +62,14 @@ def number_of_groups(generation: Generation, configured: int) -> int:
     return int(asked.get(str(configured), configured))
 
 
+def drop_other_numbers(generation: Generation, configured: int) -> None:
+    """The settings say `configured`: a call that came while they said another number counts no more, also if they say
+    that one again."""
+    value = _values.get(_GROUPS + generation)
+    if value is not None and not value.startswith(f"{configured}=".encode()):
+        _values.delete(_GROUPS + generation)
+
+
 def ask_for_groups(generation: Generation, configured: int, number: int) -> None:
     """From now on this cluster is to have `number` groups, until the settings say another number than `configured`."""
     _values.put(_GROUPS + generation, f"{configured}={number}".encode())

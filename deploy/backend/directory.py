@@ -42,7 +42,7 @@ class RayDirectory:
     def __init__(
         self, config: ServeConfig, model_dir: str, coordinators: Sequence[Remote[Coordinator]], *, joined: bool
     ) -> None:
-        """coordinators: those of the settings' groups. joined: the Ray cluster was there before, so that workers may
+        """Blocks. coordinators: those of the settings' groups. joined: the Ray cluster was there before, so that workers may
         run on other machines."""
         self._config = config
         self._model_dir = model_dir
@@ -51,6 +51,7 @@ class RayDirectory:
         self._finding = threading.Lock()
         self.coordinators = list(coordinators)
         """By the numbers of their groups."""
+        generations.drop_other_numbers(self._generation, config.data_parallel_size)
 
     def wanted(self) -> int:
         return generations.number_of_groups(self._generation, self._config.data_parallel_size)
