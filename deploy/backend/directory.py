@@ -42,8 +42,8 @@ class RayDirectory:
     def __init__(
         self, config: ServeConfig, model_dir: str, coordinators: Sequence[Remote[Coordinator]], *, joined: bool
     ) -> None:
-        """Blocks. coordinators: those of the settings' groups. joined: the Ray cluster was there before, so that workers may
-        run on other machines."""
+        """Blocks. coordinators: those of the settings' groups. joined: the Ray cluster was there before, and so workers
+        may run on other machines."""
         self._config = config
         self._model_dir = model_dir
         self._generation = generation_of(config, model_dir)
