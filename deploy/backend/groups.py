@@ -84,9 +84,11 @@ class Groups:
             raise NotReadyError("the number of groups cannot be changed here")
         try:
             await asyncio.to_thread(self._directory.want, number)
-            await self._go_to(self._directory, number)
         except RayError as error:
             raise NotReadyError(f"the number of groups cannot be changed now: {one_line(error)}") from None
+        # if this fails, it is tried again and again
+        with contextlib.suppress(*CALL_ERRORS):
+            await self._go_to(self._directory, number)
 
     async def _follow(self, directory: Directory) -> None:
         """Add and drop groups as the directory says, again and again. Never returns."""
