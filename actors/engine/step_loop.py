@@ -120,6 +120,7 @@ class StepLoop:
         self._took: dict[int, float] = {}
         """Seconds of the last step of each size, by the number of binary digits of its tokens."""
         self._timer: asyncio.TimerHandle | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -190,7 +191,10 @@ class StepLoop:
             flight.looked_at += stood_still_s
 
     def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+        # asking for the running loop is a system call
+        if self._event_loop is None:
+            self._event_loop = asyncio.get_running_loop()
+        return self._event_loop.time()
 
     def _deadline(self, flight: _Flight) -> float:
         return flight.begun + self._allowed.seconds(flight.tokens)

@@ -14,12 +14,13 @@ from elastic_moe.actors.caches.rows import Column, Indices, Rows
 from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.caches.worker_cache import WorkerCache
 from elastic_moe.actors.scheduler.admission import Part
-from elastic_moe.cluster.messages.columns import NO_TOKEN
+from elastic_moe.cluster.messages.columns import NO_TOKEN, column_of
 from elastic_moe.cluster.messages.requests import FinishReason, RequestId, TokenOutput, Tokens
 from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.steps import Decoding, Sample, StepResult
 from elastic_moe.cluster.placement import WorkerId
 
+_NO_TOKEN = column_of([NO_TOKEN])
 UNCHANGED = Decoding()
 """What a plan says to a worker whose rows just go on."""
 
@@ -113,20 +114,21 @@ class Answers:
         assert set(results) == set(flight.parts), "a worker's result is missing, or is of no member"
         assert all(result.step == flight.step for result in results.values()), "a result of another step"
         self.results = results
-        self.tokens: Column = np.full(len(flight.rows), NO_TOKEN, dtype=np.int32)
+        self.tokens = _tokens(flight, results)
         """[n] of the flight's rows; negative where the result says something else of a row."""
-        for worker, (begin, end) in flight.bounds.items():
-            if column := results[worker].tokens:
-                self.tokens[begin:end] = _column(column, end - begin, worker)
         self.samples: dict[WorkerId, dict[RequestId, Sample]] = {}
+        """Of the workers that say more than tokens, as `scores`."""
         self.scores: dict[WorkerId, dict[RequestId, PromptScores]] = {}
         odd = self.tokens < 0
         some_odd = bool(odd.any())
         for worker, part in flight.parts.items():
-            result, (begin, end) = results[worker], flight.bounds[worker]
+            result = results[worker]
+            if not (some_odd or part.work or result.samples or result.corrupted or result.unready or result.stuck):
+                continue
+            begin, end = flight.bounds[worker]
             self.samples[worker] = {sample.request_id: sample for sample in result.samples}
             self.scores[worker] = {one.request_id: one.scores for one in result.scored}
-            if part.work or result.samples or result.without_sample or (some_odd and odd[begin:end].any()):
+            if part.work or result.samples or result.without_sample or odd[begin:end].any():
                 self._check(worker, part, flight.names[begin:end], odd[begin:end])
 
     def _check(self, worker: WorkerId, part: Part, names: Sequence[RequestId], odd: npt.NDArray[np.bool_]) -> None:
@@ -143,9 +145,20 @@ class Answers:
         assert not scored & corrupted, f"{worker} has scored what it says it could not"
 
 
-def _column(column: bytes, size: int, worker: WorkerId) -> Column:
-    assert len(column) == 4 * size, f"{worker} has sampled {len(column) / 4:g} tokens by rule, {size} were asked for"
-    return np.frombuffer(column, dtype=np.int32)
+def _tokens(flight: Flight, results: Mapping[WorkerId, StepResult]) -> Column:
+    """[n] the tokens of the flight's rows. A worker whose column is empty has no token of any of its rows."""
+    pieces: list[bytes] = []
+    for worker, (begin, end) in sorted(flight.bounds.items(), key=_begin):
+        column, size = results[worker].tokens, end - begin
+        assert not column or len(column) == 4 * size, (
+            f"{worker} has sampled {len(column) / 4:g} tokens by rule, {size} were asked for"
+        )
+        pieces.append(column or _NO_TOKEN * size)
+    return np.frombuffer(b"".join(pieces), dtype=np.int32)
+
+
+def _begin(bound: tuple[WorkerId, tuple[int, int]]) -> int:
+    return bound[1][0]
 
 
 class StepOutputs(Sequence[TokenOutput]):
