@@ -22,6 +22,7 @@ from elastic_moe.deploy.backend.request_stream import TakesTokens
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.generation.progress import Progress
 from elastic_moe.deploy.parsing.events import Event, TextKind, TextPiece
+from elastic_moe.deploy.parsing.events import merged as merged_events
 from elastic_moe.deploy.parsing.parser import AnswerParser
 from elastic_moe.deploy.text.detokenizer import StopStrings
 from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -246,7 +247,7 @@ def _joined(first: Delta, then: Delta) -> Delta:
     return replace(
         then,
         text=first.text + then.text,
-        events=first.events + then.events,
+        events=merged_events(first.events + then.events),
         tokens=first.tokens + then.tokens,
         token_ids=first.token_ids + then.token_ids,
     )
