@@ -198,6 +198,11 @@ class ServeConfig:
         "seconds that running requests wait while no worker can serve them; after that they end with an error",
         at_least=1,
     )
+    stream_interval: int = setting(
+        1,
+        "tokens in each part of a streamed answer. The first token and the end are sent at once",
+        at_least=1,
+    )
     max_waiting_requests: int = setting(
         2048,
         "largest number of answers that wait for their first token; further requests are refused with status 503. One "

@@ -15,6 +15,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NewType
 
@@ -109,7 +110,7 @@ class Placement:
     @property
     def first_slot(self) -> tuple[int, ...]:
         """[W] the number of each worker's first slot."""
-        return tuple(int(n) for n in np.cumsum([0] + [worker.slots for worker in self.workers])[:-1])
+        return tuple(accumulate((worker.slots for worker in self.workers[:-1]), initial=0)) if self.workers else ()
 
     def rank_of(self, worker: WorkerId) -> int:
         """Index of `worker` in `workers`. Raises PlacementError if it is not there."""
@@ -251,16 +252,18 @@ class Placement:
             )
         if table.size and (table.min() < EMPTY or table.max() >= self.num_logical_experts):
             raise PlacementError(f"placement: expert ids must lie between -1 and {self.num_logical_experts - 1}")
-        for layer in range(self.num_layers):
-            missing = np.setdiff1d(np.arange(self.num_logical_experts), table[layer])
-            if missing.size:
-                raise PlacementError(f"placement: layer {layer} has no slot for expert {int(missing[0])}")
-            for rank, worker in enumerate(self.workers):
-                start = self.first_slot[rank]
-                held = table[layer, start : start + worker.slots]
-                held = held[held != EMPTY]
-                if len(np.unique(held)) != len(held):
-                    raise PlacementError(f"placement: worker {worker.id} holds an expert of layer {layer} twice")
+        placed = np.zeros((self.num_layers, self.num_logical_experts + 1), dtype=np.bool_)
+        # what is EMPTY counts in the last column, beside the experts
+        placed[np.arange(self.num_layers)[:, None], table] = True
+        for layer, expert in np.argwhere(~placed[:, : self.num_logical_experts])[:1].tolist():
+            raise PlacementError(f"placement: layer {layer} has no slot for expert {expert}")
+        held = self.slot_to_worker.astype(np.int64) * self.num_logical_experts + table
+        held[table == EMPTY] = EMPTY
+        held.sort(axis=1)
+        twice = (held[:, 1:] == held[:, :-1]) & (held[:, 1:] != EMPTY)
+        for layer, at in np.argwhere(twice)[:1].tolist():
+            worker = self.workers[int(held[layer, at]) // self.num_logical_experts]
+            raise PlacementError(f"placement: worker {worker.id} holds an expert of layer {layer} twice")
 
 
 def _tiers_of_words(words: Any, shape: tuple[int, ...]) -> TierArray:

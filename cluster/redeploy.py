@@ -32,7 +32,7 @@ API = frozenset({
     "max_connections_per_address", "forwarded_allow_ips", "allowed_hosts", "allowed_origins", "allowed_methods",
     "allowed_headers", "allow_credentials", "root_path", "api_key", "api_key_file", "admin_api_key",
     "admin_api_key_file", "admin_read_key", "admin_read_key_file", "chat_template", "tool_call_parser",
-    "reasoning_parser", "shutdown_timeout", "log_level", "log_format", "log_file",
+    "reasoning_parser", "stream_interval", "shutdown_timeout", "log_level", "log_format", "log_file",
 })  # fmt: skip
 """Settings that the API reads. The cluster's processes may read some too, and use the new values from their next start.
 `model` is here because a cluster is made for the directory that it means, and not for the way it is written."""

@@ -13,6 +13,7 @@ from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StateUse, Win
 from elastic_moe.cluster.placement import WorkerId
 
 if TYPE_CHECKING:
+    from elastic_moe.actors.caches.rows import Column
     from elastic_moe.actors.caches.windows import WindowTable
     from elastic_moe.actors.caches.worker_cache import WorkerCache
 
@@ -134,16 +135,17 @@ class RunningRequest:
         if self.cache is not None:
             rows, length = self.cache.rows, self.length
             if length > len(self._tokens):
-                self.fill(length, rows.recent[self.row].tolist())
+                self.fill(length, rows.recent[self.row])
         return self._tokens
 
-    def fill(self, length: int, newest: Sequence[int]) -> None:
+    def fill(self, length: int, newest: Column) -> None:
         """Append the tokens that it lacks up to `length`. `newest` are the newest tokens of its row, each at its place
         modulo their number."""
         lacking, place = length - len(self._tokens), len(self._tokens) % len(newest)
         assert lacking <= len(newest), "a token has been overwritten"
-        self._tokens.extend(newest[place : place + lacking])
-        self._tokens.extend(newest[: max(0, place + lacking - len(newest))])
+        self._tokens.frombytes(newest[place : place + lacking].tobytes())
+        if place + lacking > len(newest):
+            self._tokens.frombytes(newest[: place + lacking - len(newest)].tobytes())
 
     @property
     def length(self) -> int:

@@ -72,6 +72,10 @@ class WorkerCaches:
         ends = np.searchsorted(rows, self._bases + self._max_num_seqs).tolist()
         return dict(zip(self.by_worker, zip(begins, ends, strict=True), strict=True))
 
+    def seats(self, rows: Indices) -> Indices:
+        """[n] the seats of rows: their numbers among those of their worker, each of which has equally many."""
+        return rows % self._max_num_seqs
+
     def check(self, request: RunningRequest) -> None:
         """Raises RequestError if no worker can ever hold the request."""
         caches = self.by_worker.values()

@@ -206,6 +206,10 @@ class Coordinator:
             config=self._config,
         )
 
+    async def fleet_beside(self, group: int) -> Fleet:
+        """What the coordinator of another group of this cluster is made with."""
+        return self._fleet.beside(group)
+
     async def reconfigure(self, config: ServeConfig) -> None:
         """Called by each API replica of a redeploy that kept the model: take over the settings that may have changed.
 

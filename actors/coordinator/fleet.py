@@ -31,7 +31,7 @@ from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerInfo
 from elastic_moe.cluster.nodes import GPU, Node, free_cores, homes, shortage, threads
 from elastic_moe.cluster.placement import WorkerId
-from elastic_moe.cluster.redeploy import Generation, cluster_of, number_of
+from elastic_moe.cluster.redeploy import Generation, cluster_of, group_name, number_of
 from elastic_moe.optimizer import PlacementProblem, PlanResult
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,10 @@ class Fleet(Protocol):
         """The coordinators of the other clusters. Blocks."""
         ...
 
+    def beside(self, group: int) -> Fleet:
+        """The same for another group of this cluster, from which nothing has been started yet."""
+        ...
+
     def leave(self) -> None:
         """End this coordinator's own process for good, after all its actors."""
         ...
@@ -207,7 +211,20 @@ class RayFleet:
 
     def wanted(self, groups: int) -> bool:
         cluster, number = cluster_of(self.generation), number_of(self.generation)
-        return self._alone or (number < groups and generations.wanted() in (None, cluster))
+        if number >= generations.number_of_groups(cluster, groups):
+            return False
+        return self._alone or generations.wanted() in (None, cluster)
+
+    def beside(self, group: int) -> RayFleet:
+        name = group_name(cluster_of(self.generation), group)
+        return RayFleet(
+            self._config,
+            name,
+            alone=self._alone,
+            model=self._model,
+            worker_class=self._worker_class,
+            engine_class=self._engine_class,
+        )
 
     def others(self) -> list[Remote[Any]]:
         ours = cluster_of(self.generation)

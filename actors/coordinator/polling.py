@@ -37,6 +37,9 @@ COUNTS_PER_WINDOW = 12
 
 COUNTS_S = 5.0
 """Most seconds between two fetches, so that a change of subject is noticed soon."""
+AT_ONCE = 16
+"""Workers that are polled in one turn of the loop. The next wait `APART_S` seconds, so that hundreds do not hold it."""
+APART_S = 0.01
 ENGINE = "engine"
 
 
@@ -142,10 +145,11 @@ class Poller:
     def poll(self, facts: Facts) -> None:
         """Poll every worker and the engine, except those with a poll under way. Returns at once."""
         processes = self._processes
-        for record in facts.alive:
-            if record.id in processes.workers and record.id not in self._asking:
-                self._asking.add(record.id)
-                self._spawn(self._poll_worker(record, processes.workers[record.id]))
+        idle = [r for r in facts.alive if r.id in processes.workers and r.id not in self._asking]
+        for number, record in enumerate(idle):
+            self._asking.add(record.id)
+            delay_s = number // AT_ONCE * APART_S
+            self._spawn(self._poll_worker(record, processes.workers[record.id], delay_s))
         if processes.engine is None or not processes.engine_serves:
             return
         if processes.engine != self._watched:
@@ -206,8 +210,10 @@ class Poller:
             with contextlib.suppress(*CALL_ERRORS):
                 self._seen(await within(ask(engine, Engine.status), liveness.POLL_S))
 
-    async def _poll_worker(self, record: WorkerRecord, actor: Remote[WorkerActor]) -> None:
+    async def _poll_worker(self, record: WorkerRecord, actor: Remote[WorkerActor], delay_s: float) -> None:
         try:
+            if delay_s:
+                await asyncio.sleep(delay_s)
             if record.loaded:
                 await sign_of_life(lambda: ask(actor, WorkerActor.ping), self.timeout_s)
                 await self._fetch_counts(record.id, actor)

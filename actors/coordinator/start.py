@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -10,6 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from elastic_moe.actors import names
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.coordinator.fleet import ON_HEAD, RayFleet
+from elastic_moe.actors.liveness import CALL_TIMEOUT_S
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask, kill, wait
 from elastic_moe.cluster.config import ServeConfig
@@ -21,13 +23,30 @@ def start_groups(
     config: ServeConfig, model_dir: str, *, alone: bool = False, model: ModelInfo | None = None
 ) -> list[Remote[Coordinator]]:
     """The coordinators of all groups of the cluster for this model and these settings, as `start_cluster` returns them.
+    Those that an admin call has added are left out (`start_further_groups`), and those that it has retired.
 
     alone, model: as RayFleet has them.
     """
     generation = generation_of(config, model_dir)
-    names = [group_name(generation, number) for number in range(config.data_parallel_size)]
+    most = generations.number_of_groups(generation, config.data_parallel_size)
+    names = [group_name(generation, number) for number in range(min(most, config.data_parallel_size))]
     fleets = [RayFleet(config, name, alone=alone, model=model) for name in names]
     return [start_cluster(config, model_dir, fleet) for fleet in fleets]
+
+
+def start_further_groups(
+    known: Sequence[Remote[Coordinator]], config: ServeConfig, model_dir: str, number: int
+) -> list[Remote[Coordinator]]:
+    """The coordinators of the first `number` groups, of which those in `known` run. Blocks.
+
+    Raises what Ray raises where the first one does not answer.
+    """
+    found = list(known[:number])
+    for group in range(len(found), number):
+        fleet = wait(ask(known[0], Coordinator.fleet_beside, group), CALL_TIMEOUT_S)
+        assert isinstance(fleet, RayFleet)
+        found.append(start_cluster(config, model_dir, fleet))
+    return found
 
 
 def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet) -> Remote[Coordinator]:

@@ -62,6 +62,17 @@ class _Client:
     """Tokens that are sent at once, with `outputs`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """The requests of one owner among all those that have tokens in a step."""
+
+    owner: str | None
+    which: list[bool] | None
+    """Which of all they are; None: all."""
+    numbers: bytes
+    """[n] 32-bit integers, the numbers by which the owner knows them; empty if it has not told one of each."""
+
+
 @dataclass(slots=True)
 class _Wait:
     """A request that has no token yet. Times are monotonic."""
@@ -84,9 +95,8 @@ class Clients:
         self._numbers: dict[RequestId, int] = {}
         """The number by which its owner knows a request, where it has told one."""
         self._known: tuple[RequestId, ...] = ()
-        self._known_owners: list[str | None] = []
-        self._known_numbers: list[int] = []
-        """Owners and numbers of the requests in `_known`, which the step before the present one had tokens of."""
+        self._known_parts: list[_Part] = []
+        """The owners of the requests in `_known`, which the step before the present one had tokens of."""
         self._lasting = Lasting()
         self._waiting: dict[RequestId, _Wait] = {}
         """The requests that have no token yet."""
@@ -150,21 +160,29 @@ class Clients:
         if tokens.request_ids is not self._known:
             # while no request begins or ends, all is as in the step before
             self._known = tokens.request_ids
-            self._known_owners = list(map(self._owners.get, tokens.request_ids))
-            self._known_numbers = [self._numbers.get(name, 0) for name in tokens.request_ids]
-        owners, numbers = self._known_owners, self._known_numbers
+            self._known_parts = self._parts(tokens.request_ids)
         rest: list[TokenOutput] = []
-        for owner in set(owners):
+        for known in self._known_parts:
+            owner = known.owner
             client = None if owner is None else self._clients[owner]
-            which = None if owners.count(owner) == len(owners) else [own == owner for own in owners]
-            part = tokens if which is None else tokens.chosen(which)
-            told = numbers if which is None else list(compress(numbers, which))
-            if owner is None or client is None or client.link is None or client.outputs or not all(told):
+            part = tokens if known.which is None else tokens.chosen(known.which)
+            if owner is None or client is None or client.link is None or client.outputs or not known.numbers:
                 rest += part
             else:
                 touched[owner] = client
-                client.tokens = replace(part, request_ids=(), numbers=column_of(told))
+                client.tokens = Tokens(offsets=part.offsets, token_ids=part.token_ids, numbers=known.numbers)
         return rest
+
+    def _parts(self, request_ids: Sequence[RequestId]) -> list[_Part]:
+        """These requests by their owners."""
+        owners = list(map(self._owners.get, request_ids))
+        numbers = [self._numbers.get(name, 0) for name in request_ids]
+        parts: list[_Part] = []
+        for owner in set(owners):
+            which = None if owners.count(owner) == len(owners) else [own == owner for own in owners]
+            told = numbers if which is None else list(compress(numbers, which))
+            parts.append(_Part(owner=owner, which=which, numbers=column_of(told) if all(told) else b""))
+        return parts
 
     def _own(self, request_id: RequestId, owner: str, number: int) -> None:
         self._owners[request_id] = owner

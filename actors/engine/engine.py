@@ -15,6 +15,7 @@ from typing import Protocol
 
 from elastic_moe.actors import liveness, names
 from elastic_moe.actors.engine.clients import Clients
+from elastic_moe.actors.engine.garbage import keep_collections_short
 from elastic_moe.actors.engine.step_loop import StepLoop
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.loop_watch import LoopWatch
@@ -105,7 +106,8 @@ class Engine:
             late=self._late,
         )
         watch = LoopWatch("the engine")
-        self._tasks = [asyncio.create_task(work) for work in (loop.run(), clients.watch(), watch.watch())]
+        short = keep_collections_short(lambda: scheduler.num_requests)
+        self._tasks = [asyncio.create_task(work) for work in (loop.run(), clients.watch(), watch.watch(), short)]
         for task in self._tasks:
             task.add_done_callback(_die_of)
         self._endpoint = await clients.listen(node_address(config.interface))

@@ -14,15 +14,15 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from elastic_moe.actors.engine.clients import Clients
 from elastic_moe.actors.engine.step_deadline import StepDeadline
 from elastic_moe.actors.engine.worker_links import WorkerLinks
 from elastic_moe.actors.liveness import ABORT_S, SILENT_S
-from elastic_moe.actors.remote.calls import one_line, wait_within
+from elastic_moe.actors.remote.calls import one_line, within
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.errors import StepAborted, WorkerError
@@ -44,12 +44,12 @@ STOOD_STILL_S = 0.25
 class _Flight:
     """A step that has been sent and not committed."""
 
-    answers: dict[WorkerId, asyncio.Future[StepResult]]
+    workers: Collection[WorkerId]
     tokens: int
     """Tokens of the worker that has the most tokens in this step."""
-    unanswered: int
-    """Number of answers that have not come."""
-    failed: bool = False
+    results: dict[WorkerId, StepResult] = field(default_factory=dict)
+    errors: dict[WorkerId, Exception] = field(default_factory=dict)
+    """In place of results."""
     begun: float = 0.0
     """Time at which it became the oldest step in flight."""
     looked_at: float = 0.0
@@ -57,18 +57,22 @@ class _Flight:
 
     @property
     def pending(self) -> list[WorkerId]:
-        return [worker for worker, answer in self.answers.items() if not answer.done()]
+        return [worker for worker in self.workers if worker not in self.results and worker not in self.errors]
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.errors)
 
     @property
     def finished(self) -> bool:
-        return not self.unanswered
+        return len(self.results) == len(self.workers)
 
-    def answered(self, answer: asyncio.Future[StepResult]) -> bool:
-        """Count an answer. Returns whether the loop has to look at this step now."""
-        self.unanswered -= 1
-        # this asks for the error in any case: nobody else does, if the answer comes after its step was given up
-        self.failed |= answer.cancelled() or answer.exception() is not None
-        return self.failed or self.finished
+    def error(self, worker: WorkerId) -> Exception | None:
+        """The error that the worker is to blame for; None if there is none."""
+        if worker in self.results:
+            return None
+        error = self.errors.get(worker, TimeoutError())
+        return None if isinstance(error, StepAborted) else error
 
 
 @dataclass(slots=True)
@@ -107,7 +111,8 @@ class StepLoop:
         self._lost: WorkerId | None = None
         self._spec: EpochSpec | None = None
         self._flip: _Flip | None = None
-        self._flip_came = asyncio.Event()
+        self._news = asyncio.Event()
+        """Set by the next epoch's coming, and by every answer. Only a step that is given up waits for it."""
         self._broken = False
         """Whether the workers cannot run another step until a new epoch begins."""
         self._step = 0
@@ -115,6 +120,7 @@ class StepLoop:
         self._took: dict[int, float] = {}
         """Seconds of the last step of each size, by the number of binary digits of its tokens."""
         self._timer: asyncio.TimerHandle | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -129,7 +135,7 @@ class StepLoop:
         if self._flip is not None:
             raise StepAborted(f"epoch {self._flip.spec.epoch} is being committed")
         self._flip = _Flip(spec=spec, infos=infos, done=asyncio.get_running_loop().create_future())
-        self._flip_came.set()
+        self._news.set()
         self._wake.set()
         return await self._flip.done
 
@@ -144,6 +150,8 @@ class StepLoop:
             begun = self._now()
             if await self._act():
                 self._excuse(self._now() - begun)
+                # one piece of work at a time, so that the event loop is not held for several
+                await asyncio.sleep(0)
                 continue
             when = self._set_timer()
             await self._wake.wait()
@@ -183,7 +191,10 @@ class StepLoop:
             flight.looked_at += stood_still_s
 
     def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+        # asking for the running loop is a system call
+        if self._event_loop is None:
+            self._event_loop = asyncio.get_running_loop()
+        return self._event_loop.time()
 
     def _deadline(self, flight: _Flight) -> float:
         return flight.begun + self._allowed.seconds(flight.tokens)
@@ -216,19 +227,19 @@ class StepLoop:
         plans = self._scheduler.schedule(epoch, self._step)
         if plans is None:
             return False
-        flight = _Flight(
-            answers=self._links.send(plans),
-            tokens=max(next(iter(plans.values())).tokens_per_rank),
-            unanswered=len(plans),
-            begun=self._now(),
-        )
+        tokens = max(next(iter(plans.values())).tokens_per_rank)
+        flight = _Flight(workers=tuple(plans), tokens=tokens, begun=self._now())
 
-        def answered(answer: asyncio.Future[StepResult]) -> None:
-            if flight.answered(answer):
+        def answered(worker: WorkerId, answer: StepResult | Exception) -> None:
+            if isinstance(answer, Exception):
+                flight.errors[worker] = answer
+            else:
+                flight.results[worker] = answer
+            self._news.set()
+            if flight.failed or flight.finished:
                 self._wake.set()
 
-        for answer in flight.answers.values():
-            answer.add_done_callback(answered)
+        self._links.send(plans, answered)
         self._flights.append(flight)
         self._clients.began(sequence.request_id for plan in plans.values() for sequence in plan.new)
         return True
@@ -240,8 +251,7 @@ class StepLoop:
         self._allowed.met(flight.tokens, took_s)
         if self._flights:
             self._flights[0].begun = now
-        results = {worker: answer.result() for worker, answer in flight.answers.items()}
-        outputs = self._scheduler.commit(results, took_s)
+        outputs = self._scheduler.commit(flight.results, took_s)
         self._clients.deliver(outputs.single, outputs.tokens)
 
     # --- Failures -----------------------------------------------------------------------------------------------
@@ -259,21 +269,21 @@ class StepLoop:
     async def _give_up(self) -> None:
         """A worker failed: free the others, find the suspects, and report to the coordinator."""
         assert self._spec is not None
-        self._abort(self._spec.epoch, self._flights[0].answers)
+        self._abort(self._spec.epoch, self._flights[0].workers)
         if silent := await self._hear(SILENT_S):
             self._late(sorted(silent))
             await self._hear(ABORT_S - SILENT_S)
         oldest, *later = self._flights
         self._flights.clear()
-        running = {worker: self._scheduler.in_oldest_step(worker) for worker in oldest.answers}
+        running = {worker: self._scheduler.in_oldest_step(worker) for worker in oldest.workers}
         self._scheduler.rollback()
         reasons: list[str] = []
         suspects: list[WorkerId] = []
-        for worker, answer in oldest.answers.items():
+        for worker in oldest.workers:
             # a worker may have died after it had answered the oldest step
             errors = [
-                _error(answer),
-                *(e for f in later if not isinstance(e := _error(f.answers[worker]), WorkerError)),
+                oldest.error(worker),
+                *(e for f in later if not isinstance(e := f.error(worker), WorkerError)),
             ]
             error = next((error for error in errors if error is not None), None)
             if error is None:
@@ -299,11 +309,9 @@ class StepLoop:
                 silent &= {worker.id for worker in flip.spec.placement.workers}
             if not silent or left_s <= 0:
                 return silent
-            self._flip_came.clear()
-            news: asyncio.Future[Any] = asyncio.ensure_future(self._flip_came.wait())
-            answers = [f.answers[w] for f in self._flights for w in silent if not f.answers[w].done()]
-            await wait_within([*answers, news], left_s, asyncio.FIRST_COMPLETED)
-            news.cancel()
+            self._news.clear()
+            with suppress(TimeoutError):
+                await within(self._news.wait(), left_s)
 
     def _fail(self, request_ids: Sequence[RequestId], error: BaseException) -> None:
         outputs = [
@@ -345,9 +353,3 @@ class StepLoop:
             {worker: info.window_room for worker, info in members.items() if info.window_room is not None},
         )
         flip.done.set_result(moved)
-
-
-def _error(answer: asyncio.Future[StepResult]) -> BaseException | None:
-    """The error that the worker is to blame for; None if there is none."""
-    error = answer.exception() if answer.done() else TimeoutError()
-    return None if isinstance(error, StepAborted) else error

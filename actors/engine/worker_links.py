@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NoReturn
 
 from elastic_moe.actors.remote.calls import within
@@ -13,6 +14,9 @@ from elastic_moe.cluster.messages.epochs import Epoch, WorkerInfo
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.steps import CommitEpoch, ForgetSequences, StepPlan, StepResult
 from elastic_moe.cluster.placement import WorkerId
+
+Answered = Callable[[WorkerId, StepResult | Exception], None]
+"""Takes a worker's result; the exception is StepAborted, WorkerError or ConnectionError."""
 
 
 class WorkerLinks:
@@ -54,11 +58,12 @@ class WorkerLinks:
             self._links[info.worker] = (info.endpoint, link)
         return link
 
-    def send(self, plans: Mapping[WorkerId, StepPlan]) -> dict[WorkerId, asyncio.Future[StepResult]]:
-        """Send each worker its plan. A result may be StepAborted, WorkerError or ConnectionError."""
+    def send(self, plans: Mapping[WorkerId, StepPlan], answered: Answered) -> None:
+        """Send each worker its plan. `answered` is called once for each worker, perhaps before this returns."""
         # workers that just go on have the same plan
         frames = {id(plan): encode(plan) for plan in {id(plan): plan for plan in plans.values()}.values()}
-        return {worker: self._links[worker][1].call(plan, frames[id(plan)]) for worker, plan in plans.items()}
+        for worker, plan in plans.items():
+            self._links[worker][1].ask(frames[id(plan)], partial(answered, worker))
 
     def cut(self, worker: WorkerId) -> None:
         """End the connection to a worker, if there is one. It counts as ended by the worker."""

@@ -93,7 +93,7 @@ def _decode(kind: int, body: bytearray | memoryview) -> Message:
     return message
 
 
-def _length(data: bytearray, at: int = 0) -> tuple[int, int]:
+def _length(data: bytes | bytearray, at: int = 0) -> tuple[int, int]:
     length, kind = _HEAD.unpack_from(data, at)
     if length > MAX_BYTES:
         raise WireError(f"expected a message of at most {MAX_BYTES} bytes, got one of {length}")
@@ -108,6 +108,11 @@ class Frames:
 
     def feed(self, data: bytes) -> list[Message]:
         """Returns the messages that are complete now. Raises WireError."""
+        if not self._buffer and len(data) >= _HEAD.size:
+            length, kind = _length(data)
+            if len(data) == _HEAD.size + length:
+                # most often just one message has come, which is not copied
+                return [_decode(kind, memoryview(data)[_HEAD.size :])]
         self._buffer += data
         buffer, at = self._buffer, 0
         messages: list[Message] = []

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _WANTED = "wanted-generation"
 _BEFORE = "generation-before"
+_GROUPS = "groups-of-"
 
 _values: KeyValue = RayKeyValue(CLUSTERS_NAMESPACE)
 
@@ -51,6 +52,27 @@ def forget_wanted() -> None:
     """There is no cluster any more."""
     for key in (_WANTED, _BEFORE):
         _values.delete(key)
+
+
+def number_of_groups(generation: Generation, configured: int) -> int:
+    """Number of groups that this cluster is to have: the one that an admin call has asked for, as long as the settings
+    say `configured` as they did then; else `configured`."""
+    value = _values.get(_GROUPS + generation)
+    asked = {} if value is None else dict([value.decode().split("=")])
+    return int(asked.get(str(configured), configured))
+
+
+def drop_other_numbers(generation: Generation, configured: int) -> None:
+    """The settings say `configured`: a call that came while they said another number counts no more, also if they say
+    that one again."""
+    value = _values.get(_GROUPS + generation)
+    if value is not None and not value.startswith(f"{configured}=".encode()):
+        _values.delete(_GROUPS + generation)
+
+
+def ask_for_groups(generation: Generation, configured: int, number: int) -> None:
+    """From now on this cluster is to have `number` groups, until the settings say another number than `configured`."""
+    _values.put(_GROUPS + generation, f"{configured}={number}".encode())
 
 
 def coordinators() -> dict[Generation, Remote[Any]]:
@@ -87,6 +109,7 @@ def clear(generation: Generation) -> None:
     What API replicas share is forgotten too, unless there is another cluster, whose replicas share it.
     """
     end_actors(generation)
+    _values.delete(_GROUPS + generation)
     if not set(coordinators()) - {generation}:
         RayKeyValue(API_NAMESPACE).clear()
 

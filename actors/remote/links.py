@@ -7,6 +7,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from elastic_moe.actors.liveness import CONNECT_S, TOKEN_S
@@ -19,6 +20,9 @@ from elastic_moe.cluster.messages.steps import Done, Failed, StepResult
 logger = logging.getLogger(__name__)
 
 _ANSWERS = (Done, Failed, Refused, StepResult, Adopted)
+
+Answered = Callable[[Any], None]
+"""Takes the answer to a question, or the error in its place."""
 
 
 class Link(asyncio.Protocol):
@@ -33,26 +37,32 @@ class Link(asyncio.Protocol):
         self._lost = lost
         self._frames = Frames()
         self._transport: asyncio.Transport | None = None
-        self._asked: deque[asyncio.Future[Any]] = deque()
+        self._asked: deque[Answered] = deque()
         self.closed = False
 
-    def send(self, message: Message, frame: bytes | None = None) -> None:
-        """Send `message`, which is dropped if the connection has ended. `frame`: the same, if it is encoded already."""
+    def send(self, message: Message) -> None:
+        """Send `message`, which is dropped if the connection has ended."""
         if self._transport is not None and not self.closed:
-            self._transport.write(encode(message) if frame is None else frame)
+            self._transport.write(encode(message))
 
-    def call(self, message: Message, frame: bytes | None = None) -> asyncio.Future[Any]:
-        """Returns a future of the answer. It raises the answer's error, or ConnectionError if the connection ends.
-
-        `frame` as for `send`.
-        """
+    def call(self, message: Message) -> asyncio.Future[Any]:
+        """Returns a future of the answer. It raises the answer's error, or ConnectionError if the connection ends."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self.closed:
             future.set_exception(ConnectionError("the connection has ended"))
             return future
-        self._asked.append(future)
-        self.send(message, frame)
+        self._asked.append(partial(_resolve, future))
+        self.send(message)
         return future
+
+    def ask(self, frame: bytes, answered: Answered) -> None:
+        """Send an encoded question. `answered` is called with what `call` would return or raise, without a turn of the
+        loop in between: at once if the connection has ended."""
+        if self._transport is None or self.closed:
+            answered(ConnectionError("the connection has ended"))
+            return
+        self._asked.append(answered)
+        self._transport.write(frame)
 
     def close(self) -> None:
         if self._transport is not None:
@@ -78,22 +88,13 @@ class Link(asyncio.Protocol):
     def _answered(self, message: Message) -> None:
         if not self._asked:
             raise WireError("an answer came to no question")
-        future = self._asked.popleft()
-        # the caller may have stopped waiting
-        if future.done():
-            return
-        error = _error(message)
-        if error is None:
-            future.set_result(message)
-        else:
-            future.set_exception(error)
+        self._asked.popleft()(_error(message) or message)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
-        for future in self._asked:
-            if not future.done():
-                future.set_exception(ConnectionError("the connection has ended"))
-        self._asked.clear()
+        asked, self._asked = self._asked, deque()
+        for answered in asked:
+            answered(ConnectionError("the connection has ended"))
         self._lost(self)
 
 
@@ -141,6 +142,16 @@ class _ServerLink(Link):
     def _no_limit(self) -> None:
         if self._limit is not None:
             self._limit.cancel()
+
+
+def _resolve(future: asyncio.Future[Any], answer: Any) -> None:
+    # the caller may have stopped waiting
+    if future.done():
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
 
 
 def _error(message: Message) -> Exception | None:

@@ -6,6 +6,7 @@ no free block left, its newest request makes way.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -74,16 +75,19 @@ class Continuing:
         columns = self._rows
         rows = self._within_budget(candidates)
         preemptions = self._book.preemptions
-        grown = self._grow_rows(rows[columns.known[rows] > columns.room[rows]])
+        needy = rows[columns.known[rows] > columns.room[rows]]
+        given = self._grow_at_once(needy)
+        grown = self._grow_rows(needy) if given is None else []
         # the others take their blocks now too, so that nothing is preempted that runs in this step
         for request in candidates.decoding_others():
             self._grow(request)
         if self._book.preemptions != preemptions:
             rows = rows[columns.steady[rows]]
             # a preempted request needs nothing, and another may have got its block
+            given = None if given is None else given[columns.steady[given[:, 0]]]
             grown = [request for request in grown if request.cache is not None]
         columns.run(rows)
-        blocks: dict[WorkerId, Grown] = {}
+        blocks = {} if given is None else self._told(given)
         for request in grown:
             if (cache := request.cache) is not None:
                 blocks.setdefault(cache.worker, Grown()).add(cache, request)
@@ -107,6 +111,38 @@ class Continuing:
         if sum(map(len, kept)) == len(rows):
             return rows
         return np.sort(np.concatenate(kept))
+
+    def _grow_at_once(self, needy: Indices) -> Indices | None:
+        """Get a block for each of these rows, if every worker has enough of them. Returns [n, 2] the rows and their
+        blocks; None if they have to be handled one by one."""
+        caches, columns = self._caches.by_worker, self._rows
+        if not len(needy):
+            return None
+        bounds = {worker: bound for worker, bound in self._caches.bounds(needy).items() if bound[0] < bound[1]}
+        if any(
+            caches[worker].windows is not None or end - begin > caches[worker].pool.num_free
+            for worker, (begin, end) in bounds.items()
+        ):
+            return None
+        blocks = [0] * len(needy)
+        for worker, (begin, end) in bounds.items():
+            blocks[begin:end] = caches[worker].pool.allocate(end - begin)
+        for row, block in zip(needy.tolist(), blocks, strict=True):
+            columns.at(row).blocks.append(block)
+        columns.room[needy] += self._block_size
+        return np.stack([needy, np.array(blocks, dtype=np.intp)], axis=1)
+
+    def _told(self, given: Indices) -> dict[WorkerId, Grown]:
+        """What plans tell of blocks that were given at once. `given` as from `_grow_at_once`."""
+        rows = given[:, 0]
+        numbers = self._rows.room[rows] // self._block_size - 1
+        columns = np.stack([self._caches.seats(rows), numbers, given[:, 1]], axis=1).astype(np.int32)
+        data, each = columns.tobytes(), columns.itemsize * columns.shape[1]
+        return {
+            worker: Grown(blocks=array("i", data[each * begin : each * end]))
+            for worker, (begin, end) in self._caches.bounds(rows).items()
+            if begin < end
+        }
 
     def _grow_rows(self, rows: Indices) -> list[RunningRequest]:
         """Get a block for each of these rows, if necessary by preempting newer requests. Returns their requests."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -19,6 +20,7 @@ from elastic_moe.cluster.messages.scores import PromptScores
 from elastic_moe.cluster.messages.steps import Decoding, Sample, StepResult
 from elastic_moe.cluster.placement import WorkerId
 
+_NO_TOKEN = column_of([NO_TOKEN])
 UNCHANGED = Decoding()
 """What a plan says to a worker whose rows just go on."""
 
@@ -27,15 +29,15 @@ UNCHANGED = Decoding()
 class Grown:
     """The new blocks of one worker that its plan names, as in Decoding."""
 
-    blocks: list[int] = field(default_factory=list)
-    windows: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    windows: array[int] = field(default_factory=lambda: array("i"))
 
     def add(self, cache: WorkerCache, request: RunningRequest) -> None:
         """Add the last block of a request."""
         seat, number = request.row - cache.base, len(request.blocks) - 1
-        self.blocks += (seat, number, request.blocks[-1])
+        self.blocks.extend((seat, number, request.blocks[-1]))
         if request.window is not None:
-            self.windows += (seat, number, request.window.blocks[-1])
+            self.windows.extend((seat, number, request.window.blocks[-1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ class Flight:
         `grown` as in Decoding. `known`: the column of that name in Rows, where the rows have been run."""
         begin, end = self.bounds[cache.worker]
         rows = self.rows[begin:end]
-        blocks, windows = (b"", b"") if grown is None else (column_of(grown.blocks), column_of(grown.windows))
+        blocks, windows = (b"", b"") if grown is None else (grown.blocks.tobytes(), grown.windows.tobytes())
         if last is not None:
             before, after = last.bounds[cache.worker]
             same = last.names is self.names or np.array_equal(last.rows[before:after], rows)
@@ -112,20 +114,21 @@ class Answers:
         assert set(results) == set(flight.parts), "a worker's result is missing, or is of no member"
         assert all(result.step == flight.step for result in results.values()), "a result of another step"
         self.results = results
-        self.tokens: Column = np.full(len(flight.rows), NO_TOKEN, dtype=np.int32)
+        self.tokens = _tokens(flight, results)
         """[n] of the flight's rows; negative where the result says something else of a row."""
-        for worker, (begin, end) in flight.bounds.items():
-            if column := results[worker].tokens:
-                self.tokens[begin:end] = _column(column, end - begin, worker)
         self.samples: dict[WorkerId, dict[RequestId, Sample]] = {}
+        """Of the workers that say more than tokens, as `scores`."""
         self.scores: dict[WorkerId, dict[RequestId, PromptScores]] = {}
         odd = self.tokens < 0
         some_odd = bool(odd.any())
         for worker, part in flight.parts.items():
-            result, (begin, end) = results[worker], flight.bounds[worker]
+            result = results[worker]
+            if not (some_odd or part.work or result.samples or result.corrupted or result.unready or result.stuck):
+                continue
+            begin, end = flight.bounds[worker]
             self.samples[worker] = {sample.request_id: sample for sample in result.samples}
             self.scores[worker] = {one.request_id: one.scores for one in result.scored}
-            if part.work or result.samples or result.without_sample or (some_odd and odd[begin:end].any()):
+            if part.work or result.samples or result.without_sample or odd[begin:end].any():
                 self._check(worker, part, flight.names[begin:end], odd[begin:end])
 
     def _check(self, worker: WorkerId, part: Part, names: Sequence[RequestId], odd: npt.NDArray[np.bool_]) -> None:
@@ -142,9 +145,20 @@ class Answers:
         assert not scored & corrupted, f"{worker} has scored what it says it could not"
 
 
-def _column(column: bytes, size: int, worker: WorkerId) -> Column:
-    assert len(column) == 4 * size, f"{worker} has sampled {len(column) / 4:g} tokens by rule, {size} were asked for"
-    return np.frombuffer(column, dtype=np.int32)
+def _tokens(flight: Flight, results: Mapping[WorkerId, StepResult]) -> Column:
+    """[n] the tokens of the flight's rows. A worker whose column is empty has no token of any of its rows."""
+    pieces: list[bytes] = []
+    for worker, (begin, end) in sorted(flight.bounds.items(), key=_begin):
+        column, size = results[worker].tokens, end - begin
+        assert not column or len(column) == 4 * size, (
+            f"{worker} has sampled {len(column) / 4:g} tokens by rule, {size} were asked for"
+        )
+        pieces.append(column or _NO_TOKEN * size)
+    return np.frombuffer(b"".join(pieces), dtype=np.int32)
+
+
+def _begin(bound: tuple[WorkerId, tuple[int, int]]) -> int:
+    return bound[1][0]
 
 
 class StepOutputs(Sequence[TokenOutput]):

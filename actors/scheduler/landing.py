@@ -59,10 +59,8 @@ class Landing:
         # the columns have room for so many of a request's newest tokens; rows take turns, as sequences that began in
         # one step would all be brought in one step
         full = rows[(columns.length[rows] + rows) % RECENT_TOKENS == 0]
-        for row, length, newest in zip(
-            full.tolist(), columns.length[full].tolist(), columns.recent[full].tolist(), strict=True
-        ):
-            columns.at(row).fill(length, newest)
+        for row, length in zip(full.tolist(), columns.length[full].tolist(), strict=True):
+            columns.at(row).fill(length, columns.recent[row])
         offsets = columns.length[rows] - columns.start[rows] - 1
         ends = (columns.length[rows] >= columns.limit[rows]) | self._book.stops.among(tokens)
         if ends.any():

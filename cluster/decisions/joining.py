@@ -22,11 +22,13 @@ def together(facts: Facts, wanted: Sequence[WorkerRecord]) -> list[WorkerRecord]
     """Those of `wanted` that should form the next group. All of them, unless attempts to do so have failed."""
     if not facts.serves:
         return _smallest(facts, wanted)
-    newcomers = [record for record in wanted if record.id not in facts.ranks]
+    ranks = set(facts.ranks)
+    newcomers = [record for record in wanted if record.id not in ranks]
     untried = [record for record in newcomers if not record.failed_joins]
     # alone, so that none is blamed for another's failure
     chosen = untried or sorted(newcomers, key=lambda record: record.failed_joins)[:1]
-    return [record for record in wanted if record.id in facts.ranks or record in chosen]
+    joins = ranks | {record.id for record in chosen}
+    return [record for record in wanted if record.id in joins]
 
 
 def _smallest(facts: Facts, wanted: Sequence[WorkerRecord]) -> list[WorkerRecord]:
@@ -40,4 +42,5 @@ def _smallest(facts: Facts, wanted: Sequence[WorkerRecord]) -> list[WorkerRecord
 
 def blamed(facts: Facts, members: Sequence[WorkerId]) -> list[WorkerId]:
     """The workers to blame where these could not form a group: those that serve have shown that they can."""
-    return [worker for worker in members if not facts.serves or worker not in facts.ranks]
+    ranks = set(facts.ranks) if facts.serves else set()
+    return [worker for worker in members if worker not in ranks]

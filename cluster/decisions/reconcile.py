@@ -58,7 +58,8 @@ def recovers_alone(facts: Facts, now: float) -> bool:
     """Whether the survivors recover first. Meanwhile a worker that loads would take cores and disk from them."""
     if facts.outage is None or now - facts.outage.since >= SURVIVORS_FIRST_S:
         return False
-    survivors = [record for record in facts.alive if record.id in facts.ranks]
+    ranks = set(facts.ranks)
+    survivors = [record for record in facts.alive if record.id in ranks]
     return bool(survivors) and facts.fits(survivors)
 
 
@@ -123,7 +124,8 @@ def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
         wanted = facts.loaded
     if not facts.fits(wanted):
         return Choice((), "the workers that have loaded have too little memory for every expert")
-    current = [record for record in wanted if record.id in facts.ranks]
+    ranks = set(facts.ranks)
+    current = [record for record in wanted if record.id in ranks]
     if facts.outage is not None and facts.fits(current):
         return Choice(tuple(together(facts, current)), "the survivors serve first")
     group = together(facts, wanted)
@@ -138,8 +140,9 @@ def _waits_for_more(
     facts: Facts, wanted: Sequence[WorkerRecord], now: float
 ) -> Choice[tuple[WorkerRecord, ...]] | None:
     """The choice to wait, so that workers that are starting join in the same epoch; None: do not wait."""
-    current = [record for record in wanted if record.id in facts.ranks]
-    joining = [record for record in wanted if record.id not in facts.ranks]
+    ranks = set(facts.ranks)
+    current = [record for record in wanted if record.id in ranks]
+    joining = [record for record in wanted if record.id not in ranks]
     first = min(joining, key=lambda record: record.loaded_at or now, default=None)
     loaded_at = now if first is None else first.loaded_at or now
     waited = now - loaded_at
@@ -166,14 +169,13 @@ def placement_for(facts: Facts, members: Sequence[WorkerRecord]) -> Placement:
         assert record.info is not None, f"{record.id} has not loaded"
         workers.append(Worker(id=record.id, node=record.info.node, slots=count))
     has = {record.id: record.has for record in members}
-    placement = adapt(workers, has, facts.load, {record.id: _served(facts, record.id) for record in members})
+    nothing, ranks = np.zeros(facts.load.shape, dtype=np.bool_), set(facts.ranks)
+    served = {
+        record.id: nothing if facts.spec is None or record.id not in ranks else serves(facts.spec.placement, record.id)
+        for record in members
+    }
+    placement = adapt(workers, has, facts.load, served)
     return assign_tiers(placement, facts.rooms(members), has, facts.load)
-
-
-def _served(facts: Facts, worker: WorkerId) -> BoolArray:
-    if facts.spec is None or worker not in facts.ranks:
-        return np.zeros(facts.load.shape, dtype=np.bool_)
-    return serves(facts.spec.placement, worker)
 
 
 def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
@@ -222,8 +224,9 @@ def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]
         kind = OperationKind.START
     else:
         kind = OperationKind.SCALE if facts.outage is None or facts.rests else OperationKind.RECOVER
-    joining = [record.id for record in members if record.id not in facts.ranks]
-    leaving = [worker for worker in facts.ranks if worker not in {record.id for record in members}]
+    ranks, names = set(facts.ranks), {record.id for record in members}
+    joining = [record.id for record in members if record.id not in ranks]
+    leaving = [worker for worker in facts.ranks if worker not in names]
     words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]
     if any(facts.records[worker].moves for worker in leaving):
         words[-1] += ", as workers spread over nodes that have come"

@@ -265,19 +265,24 @@ class Membership:
 
 def needs(placement: Placement, worker: WorkerId) -> BoolArray:
     """[L, E] the experts that `placement` puts into the device of `worker`, which must be there before it begins."""
-    return _mask_of_slots(placement, worker, placement.tiers == Tier.DEVICE)
+    return _mask_of_slots(placement, worker, tier=Tier.DEVICE)
 
 
 def serves(placement: Placement, worker: WorkerId) -> BoolArray:
     """[L, E] the experts that `placement` gives to `worker`, in whichever tier."""
-    return _mask_of_slots(placement, worker, np.ones_like(placement.tiers, dtype=np.bool_))
+    return _mask_of_slots(placement, worker, tier=None)
 
 
-def _mask_of_slots(placement: Placement, worker: WorkerId, chosen: BoolArray) -> BoolArray:
-    """[L, E] the experts in those slots of `worker` that are `chosen` ([L, S])."""
-    table = placement.physical_to_logical_map
-    mine = placement.slot_to_worker == placement.rank_of(worker)
-    layers, slots = np.nonzero(chosen & mine & (table != EMPTY))
+def _mask_of_slots(placement: Placement, worker: WorkerId, tier: Tier | None) -> BoolArray:
+    """[L, E] the experts in the slots of `worker`, in this tier or in any."""
+    rank = placement.rank_of(worker)
+    begin = sum(member.slots for member in placement.workers[:rank])
+    mine = slice(begin, begin + placement.workers[rank].slots)
+    table = placement.physical_to_logical_map[:, mine]
+    chosen = table != EMPTY
+    if tier is not None:
+        chosen &= placement.tiers[:, mine] == tier
+    layers, slots = np.nonzero(chosen)
     mask = np.zeros((placement.num_layers, placement.num_logical_experts), dtype=np.bool_)
     mask[layers, table[layers, slots]] = True
     return mask

@@ -15,13 +15,13 @@ from starlette.responses import JSONResponse, Response
 
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.liveness import dry_run_timeout_s
-from elastic_moe.cluster.errors import NotReadyError, RequestError
+from elastic_moe.cluster.errors import ConfigError, NotReadyError, RequestError
 from elastic_moe.cluster.facts.operations import new_operation_id
 from elastic_moe.cluster.messages.views import Operation, OperationKind, RebalancePreview, RoutingView, WorkerView
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.backend import Group
-from elastic_moe.deploy.bodies.schema import RebalanceRequest, ScaleRequest
+from elastic_moe.deploy.bodies.schema import EnginesRequest, RebalanceRequest, ScaleRequest
 from elastic_moe.deploy.web.openapi import described, json_answer
 
 PLACEMENT: dict[str, Any] = {
@@ -60,7 +60,21 @@ def admin_router(service: Service) -> APIRouter:
     @router.get("/engines", **described(answers={200: json_answer("The groups of workers.", kind="array")}))
     async def engines() -> list[dict[str, Any]]:
         numbers = range(service.backend.num_groups)
-        return list(await asyncio.gather(*(engine_json(number, service.backend.group(number)) for number in numbers)))
+        wanted = service.backend.wanted_groups
+        asked = (engine_json(n, service.backend.group(n), retiring=n >= wanted) for n in numbers)
+        return list(await asyncio.gather(*asked))
+
+    resized = json_answer("The number of groups from now on.", "data_parallel_size", "data_parallel_size_before")
+
+    @router.post("/engines", **described(body=EnginesRequest, answers={202: resized}))
+    async def resize(request: Request) -> Response:
+        size = (await service.bodies.read(request, EnginesRequest)).data_parallel_size
+        before = service.backend.wanted_groups
+        try:
+            await service.backend.resize(size)
+        except ConfigError as error:
+            raise RequestError(str(error), param="data_parallel_size") from None
+        return JSONResponse({"data_parallel_size": size, "data_parallel_size_before": before}, 202)
 
     @router.get("/placement", **described(answers={200: json_answer("Where the experts are.", *PLACEMENT["required"])}))
     async def placement(group: Group = chosen) -> dict[str, Any]:
@@ -145,10 +159,11 @@ def operation_json(operation: Operation) -> dict[str, Any]:
     return {**dataclasses.asdict(operation), "phase": operation.phase.value}
 
 
-async def engine_json(number: int, group: Group) -> dict[str, Any]:
-    """A group in a few words. Fields that nobody can tell now are null."""
+async def engine_json(number: int, group: Group, *, retiring: bool) -> dict[str, Any]:
+    """A group in a few words. Fields that nobody can tell now are null. `retiring`: it gives its requests away."""
     state = await group.readiness()
     body: dict[str, Any] = {"engine": number, "ready": state.ready, "reason": state.error or state.reason}
+    body["retiring"] = retiring
     body |= dict.fromkeys(("workers", "target", "running", "waiting", "kv_usage"))
     with contextlib.suppress(NotReadyError):
         scale = await group.ask(Coordinator.scaling)

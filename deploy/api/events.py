@@ -65,6 +65,9 @@ class Look:
     async def again(self) -> Section | None:
         """Ask the cluster. Returns the new point of the curves; None if the engine has not reported since the last."""
         state, view = dict(self.state), await self._ask()
+        count = self._service.backend.num_groups
+        if count != state["engines"]["count"]:
+            state["engines"] = {"count": count, "number": self._engine}
         if view is not None:
             state |= sections(view)
             self._known = view.revision
@@ -83,10 +86,14 @@ class Look:
     async def _readiness(self) -> Readiness:
         """Whether the group serves; or why the whole server cannot."""
         whole = await self._service.readiness()
+        if self._engine >= self._service.backend.num_groups:
+            return Readiness(ready=False, reason="this group was retired, and is gone")
         return await self._service.backend.group(self._engine).readiness() if whole.ready else whole
 
     async def _ask(self) -> ClusterView | None:
         """None while nobody can answer."""
+        if self._engine >= self._service.backend.num_groups:
+            return None
         try:
             return await self._service.backend.group(self._engine).ask(Coordinator.cluster, self._known)
         except NotReadyError:

@@ -332,6 +332,7 @@ class Service:
             return_token_ids=bool(body.return_token_ids),
             parser=parser,
             markers=markers,
+            interval=self.config.stream_interval,
         )
 
     async def rendering(self, record: Record) -> Rendering:

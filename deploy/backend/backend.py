@@ -110,6 +110,18 @@ class Backend(Asked, Protocol):
     @property
     def num_groups(self) -> int: ...
 
+    @property
+    def wanted_groups(self) -> int:
+        """Number of groups that there are to be. Those after them are retired, and go when their requests have."""
+        ...
+
+    async def resize(self, number: int) -> None:
+        """Have so many groups from now on. Returns at once: new ones start, and retired ones give their requests away.
+
+        Raises ConfigError for more than there is room for, NotReadyError where nobody can say so.
+        """
+        ...
+
     def group(self, number: int) -> Group:
         """One of the groups, from 0. Raises RequestError where there is none of this number."""
         ...

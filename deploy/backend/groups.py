@@ -1,22 +1,35 @@
 """The groups of a cluster as one Backend.
 
-With one group, requests go straight to the client of its engine; with several, router.py chooses. Questions about one
-group go to that group, and questions about what all groups have in common to the first one that answers.
+The router (router.py) gives each request to a group. Questions about one group go to that group, and questions about
+what all groups have in common to the first one that answers. Groups come and go at the end of the list, as the
+directory (directory.py) says.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Callable, Sequence
 
+from ray.exceptions import RayError
+
+from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.liveness import CALL_TIMEOUT_S
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.background import Background
+from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.backend.backend import P, Question, R, Requests
+from elastic_moe.deploy.backend.directory import Directory
 from elastic_moe.deploy.backend.ray_backend import RayBackend, task_failed
 from elastic_moe.deploy.backend.router import Router
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""Seconds between two looks at how many groups there are to be."""
 
 MakeGroup = Callable[[int, Callable[[], None]], RayBackend]
 
@@ -24,20 +37,26 @@ MakeGroup = Callable[[int, Callable[[], None]], RayBackend]
 class Groups:
     """Made and used on one event loop. `begin` starts its tasks; `end` stops them."""
 
-    def __init__(self, number: int, make: MakeGroup) -> None:
-        """`number`: of groups. `make` is given a group's number and what it is to call when it has lost its engine."""
-        changed = asyncio.Event()
-        self._groups = [make(n, changed.set) for n in range(number)]
-        self._router = Router(self._groups, changed)
-        self.engine: Requests = self._groups[0].engine if number == 1 else self._router
+    def __init__(self, number: int, make: MakeGroup, directory: Directory | None = None, name: str = "") -> None:
+        """`number`: of groups. `make` is given a group's number and what it is to call when it has lost its engine.
+        `directory`: None if the groups never change. `name`: by which coordinators know this replica."""
+        self._make = make
+        self._directory = directory
+        self._name = name
+        self._changed = asyncio.Event()
+        self._changing = asyncio.Lock()
+        self._groups = [make(n, self._changed.set) for n in range(number)]
+        self._router = Router(self._groups, self._changed)
+        self.engine: Requests = self._router
         self._watch = Background(task_failed)
 
     def begin(self) -> None:
         for group in self._groups:
             group.begin()
         self._watch.start(LoopWatch("an API replica").watch())
-        if len(self._groups) > 1:
-            self._router.begin()
+        self._router.begin()
+        if self._directory is not None:
+            self._watch.start(self._follow(self._directory))
 
     def expect_service(self) -> None:
         """From now on requests may wait for the cluster to serve, although it has not done so yet."""
@@ -53,7 +72,62 @@ class Groups:
 
     @property
     def num_groups(self) -> int:
+        """Those that are retired and have requests here count too."""
         return len(self._groups)
+
+    @property
+    def wanted_groups(self) -> int:
+        return self._router.wanted
+
+    async def resize(self, number: int) -> None:
+        if self._directory is None:
+            raise NotReadyError("the number of groups cannot be changed here")
+        try:
+            await asyncio.to_thread(self._directory.want, number)
+        except RayError as error:
+            raise NotReadyError(f"the number of groups cannot be changed now: {one_line(error)}") from None
+        # if this fails, it is tried again and again
+        with contextlib.suppress(*CALL_ERRORS):
+            await self._go_to(self._directory, number)
+
+    async def _follow(self, directory: Directory) -> None:
+        """Add and drop groups as the directory says, again and again. Never returns."""
+        while True:
+            try:
+                number = await asyncio.to_thread(directory.wanted)
+                if number != self._router.wanted:
+                    await self._go_to(directory, number)
+            except CALL_ERRORS as error:
+                logger.warning("the number of groups is not known: %s", one_line(error))
+            await self._drop()
+            await asyncio.sleep(LOOK_S)
+
+    async def _go_to(self, directory: Directory, number: int) -> None:
+        async with self._changing:
+            if number > len(self._groups):
+                await asyncio.to_thread(directory.find, number)
+            for new in range(len(self._groups), number):
+                group = self._make(new, self._changed.set)
+                group.begin()
+                self._groups.append(group)
+            if number != self._router.wanted:
+                logger.info("from now on there are %d groups, before %d", number, self._router.wanted)
+            self._router.want(number)
+
+    async def _drop(self) -> None:
+        """Leave the retired groups that have no requests of this replica any more."""
+        async with self._changing:
+            while len(self._groups) > self._router.wanted and not self._groups[-1].engine.streams:
+                group = self._groups.pop()
+                await group.end()
+                with contextlib.suppress(*CALL_ERRORS):
+                    await group.ask(Coordinator.check_out, self._name)
+
+    async def check_out(self, timeout_s: float) -> int:
+        """This replica ends: tell all coordinators. Returns how many other replicas there are."""
+        calls = [group.ask_within(timeout_s, Coordinator.check_out, self._name) for group in self._groups]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        return max((answer for answer in answers if isinstance(answer, int)), default=0)
 
     def group(self, number: int) -> RayBackend:
         if not 0 <= number < len(self._groups):
@@ -73,7 +147,7 @@ class Groups:
         return await last.ask_within(timeout_s, question, *arguments, **named)
 
     async def readiness(self) -> Readiness:
-        return together([await group.readiness() for group in self._groups])
+        return together([await group.readiness() for group in self._groups[: self._router.wanted]])
 
     @property
     def can_wait(self) -> bool:

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from ray.exceptions import RayActorError, RayError
 
@@ -44,10 +45,13 @@ class RayBackend:
         gcs: GcsWatch | None = None,
         number: int = 0,
         lost: Callable[[], None] = lambda: None,
+        reports: Callable[[Remote[Coordinator]], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         """recovery_timeout_s: seconds without a serving group after which requests end with an error. They do so too
-        when `gcs`, if given, says that Ray's GCS is lost. number: of the group. lost: as EngineClient has it.
+        when `gcs`, if given, says that Ray's GCS is lost. number: of the group. lost: as EngineClient has it. reports:
+        tells the coordinator what runs at this replica, as long as it uses the group.
         """
+        self._reports = reports
         self._gcs = gcs
         self._coordinator = coordinator
         self._recovery_timeout_s = recovery_timeout_s
@@ -65,6 +69,8 @@ class RayBackend:
             self._background.start(work)
         if self._gcs is not None:
             self._background.start(self._watch_gcs(self._gcs))
+        if self._reports is not None:
+            self._background.start(self._reports(self._coordinator))
 
     def expect_service(self) -> None:
         """From now on requests may wait for the cluster to serve, although it has not done so yet."""

@@ -29,7 +29,7 @@ LOAD_S = 1.0
 """Seconds between two questions to each engine about the requests of all replicas."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Load:
     """What an engine has said last."""
 
@@ -38,20 +38,30 @@ class _Load:
     workers: int = 1
 
 
+_NOTHING = _Load()
+
+
 class Router:
     """On one event loop."""
 
     def __init__(self, groups: Sequence[RayBackend], changed: asyncio.Event) -> None:
-        """`changed` is set when a group has lost its engine."""
+        """`groups` may become longer and shorter at its end. `changed` is set when a group has lost its engine."""
         self._groups = groups
         self._changed = changed
-        self._loads = [_Load() for _ in groups]
+        self.wanted = len(groups)
+        """Number of groups that take requests. Those after them are retired: their requests move away."""
+        self._loads: dict[int, _Load] = {}
         self._prefixes = KnownPrefixes(len(groups))
         self._background = Background(task_failed)
 
     def begin(self) -> None:
-        for work in (self._watch(), *map(self._watch_load, range(len(self._groups)))):
+        for work in (self._watch(), self._watch_loads()):
             self._background.start(work)
+
+    def want(self, number: int) -> None:
+        """From now on the first `number` groups take requests."""
+        self.wanted = number
+        self._changed.set()
 
     async def end(self) -> None:
         self._background.cancel()
@@ -78,30 +88,39 @@ class Router:
 
     def _place(self, stream: RequestStream) -> int:
         """The group for a request. While no group serves, the one that served last."""
+        if len(self._groups) == 1:
+            return 0
         states = self.states()
         request = stream.request
         if request.lasting:
             best = by_name(states, request.request_id).value
         else:
+            self._prefixes.groups = len(states)
             known = self._prefixes.known(chunk_keys(request.prompt_token_ids, request.cache_salt))
             best = choose(states, known).value
         if best is None:
-            return max(range(len(self._groups)), key=lambda number: self._groups[number].served_at)
+            numbers = range(min(self.wanted, len(self._groups)))
+            return max(numbers, key=lambda number: self._groups[number].served_at)
         stream.group = best
         self._learn(stream)
         return best
 
     def _learn(self, stream: RequestStream) -> None:
         """The group of this request has its tokens so far in its prefix caches, or will have them soon."""
+        if len(self._groups) == 1:
+            return
+        self._prefixes.groups = len(self._groups)
         tokens = (*stream.request.prompt_token_ids, *stream.received)
         self._prefixes.learn(chunk_keys(tokens, stream.request.cache_salt), stream.group)
 
     def states(self) -> list[GroupState]:
         """What is known here of each group now."""
-        return [
-            GroupState(serves=group.serves, requests=len(group.engine) + load.others, workers=load.workers)
-            for group, load in zip(self._groups, self._loads, strict=True)
-        ]
+        states = []
+        for number, group in enumerate(self._groups):
+            load = self._loads.get(number, _NOTHING)
+            serves = group.serves and number < self.wanted
+            states.append(GroupState(serves=serves, requests=len(group.engine) + load.others, workers=load.workers))
+        return states
 
     def cancel(self, request_id: RequestId) -> None:
         next((g for g in self._groups if request_id in g.engine), self._groups[0]).engine.cancel(request_id)
@@ -123,41 +142,46 @@ class Router:
     def resumed(self) -> int:
         return sum(group.engine.resumed for group in self._groups)
 
-    # --- Groups that are lost -----------------------------------------------------------------------------------
+    # --- Groups that are lost or retired ------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Move requests away from groups that are lost. Never returns."""
+        """Move requests away from groups that are lost or retired. Never returns."""
         lost: set[int] = set()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._changed.wait()
             self._changed.clear()
-            before, lost = lost, {n for n, group in enumerate(self._groups) if group.is_lost(time.monotonic())}
+            now = time.monotonic()
+            before, lost = lost, {n for n, g in enumerate(self._groups) if n >= self.wanted or g.is_lost(now)}
             for number in lost - before:
                 self._prefixes.forget(number)
             for number in lost:
                 self._move_requests(number)
 
     def _move_requests(self, lost: int) -> None:
-        """Have the requests of a lost group go on in others, if one serves."""
+        """Have the requests of a lost or retired group go on in others, if one serves."""
         streams = self._groups[lost].engine.streams
         if not streams or not any(state.serves for state in self.states()):
             return
-        logger.warning("group %d is lost: %d requests go on in other groups", lost, len(streams))
+        what = "lost" if lost < self.wanted else "retired"
+        logger.warning("group %d is %s: %d requests go on in other groups", lost, what, len(streams))
         for stream in streams:
             self._groups[lost].engine.give_up(stream, ended=False)
             self._groups[self._place(stream)].engine.take_over(stream)
 
-    async def _watch_load(self, number: int) -> None:
-        """Ask a group's engine for the requests of all replicas, again and again. Never returns."""
-        group = self._groups[number]
+    async def _watch_loads(self) -> None:
+        """Ask the groups' engines for the requests of all replicas, again and again. Never returns."""
         while True:
-            with contextlib.suppress(NotReadyError):
-                before = len(group.engine)
-                status = await group.engine.status()
-                total = sum(status.running.values()) + status.waiting
-                # those of this replica that have ended meanwhile are nobody else's
-                others = max(0, total - max(before, len(group.engine)))
-                self._loads[number] = _Load(others=others, workers=len(status.running) or 1)
+            if len(self._groups) > 1:
+                await asyncio.gather(*(self._ask_load(n, group) for n, group in enumerate(self._groups)))
             await asyncio.sleep(LOAD_S)
+
+    async def _ask_load(self, number: int, group: RayBackend) -> None:
+        with contextlib.suppress(NotReadyError):
+            before = len(group.engine)
+            status = await group.engine.status()
+            total = sum(status.running.values()) + status.waiting
+            # those of this replica that have ended meanwhile are nobody else's
+            others = max(0, total - max(before, len(group.engine)))
+            self._loads[number] = _Load(others=others, workers=len(status.running) or 1)

@@ -76,7 +76,8 @@ class KnownPrefixes:
     """Which groups have had which chunks. The chunks that were met least recently are forgotten first."""
 
     def __init__(self, groups: int, most: int = MOST_CHUNKS) -> None:
-        self._groups = groups
+        self.groups = groups
+        """Number of groups."""
         self._most = most
         self._having: dict[bytes, int] = {}
         """The groups that have a chunk: bit n stands for group n. Ordered by when chunks were met."""
@@ -86,13 +87,13 @@ class KnownPrefixes:
 
     def known(self, keys: Iterable[bytes]) -> list[int]:
         """Number of tokens at the beginning of a sequence that each group knows. keys: as `chunk_keys` has them."""
-        tokens = [0] * self._groups
-        having = (1 << self._groups) - 1
+        tokens = [0] * self.groups
+        having = (1 << self.groups) - 1
         for key in keys:
             having &= self._having.get(key, 0)
             if not having:
                 break
-            for number in range(self._groups):
+            for number in range(self.groups):
                 tokens[number] += CHUNK if having >> number & 1 else 0
         return tokens
 

@@ -311,6 +311,22 @@ class ScaleRequest(Body):
     operation_id: OperationId | None = None
     replace: bool = False
 
+    @field_validator("retire")
+    @classmethod
+    def _each_once(cls, retire: list[str] | None) -> list[str] | None:
+        twice = next((name for name in retire or () if (retire or []).count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"expected each worker once, got {twice[:100]!r} several times")
+        return retire
+
+
+class EnginesRequest(Body):
+    """`data_parallel_size` is the number of groups afterwards, as the setting of this name says it for the start."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    data_parallel_size: Annotated[int, Field(ge=1, lt=2**31)]
+
 
 class ElasticEpRequest(Body):
     """vLLM's body, or SGLang's with `new_ep_size`."""

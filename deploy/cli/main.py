@@ -21,6 +21,7 @@ from elastic_moe.cluster.errors import EmoeError, UserError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.setting import base_type, bytes_with_unit, read_yaml
 from elastic_moe.deploy.calibrating import flags as calibrating
+from elastic_moe.deploy.calls import scale as cli_scale
 from elastic_moe.deploy.cli import plan as cli_plan
 from elastic_moe.deploy.cli import top as cli_top
 from elastic_moe.deploy.cli import trace as cli_trace
@@ -67,6 +68,7 @@ def _parser() -> _Parser:
     cli_trace.add_parser(verbs)
     calibrating.add_parser(verbs)
     cli_top.add_parser(verbs)
+    cli_scale.add_parser(verbs)
     return parser
 
 

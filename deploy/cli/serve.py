@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -234,7 +235,7 @@ def _wait_until_ready(config: ServeConfig, progress: _Progress) -> Readiness:
 
 def _watch(config: ServeConfig) -> None:
     """Print a line for each recovery and scaling while the server runs. Raises ServerFailed where it cannot go on."""
-    reported: list[set[str]] = [set() for _ in range(config.data_parallel_size)]
+    reported: defaultdict[int, set[str]] = defaultdict(set)
     silence = Silence(time.monotonic())
     while True:
         time.sleep(2.0)
@@ -243,9 +244,11 @@ def _watch(config: ServeConfig) -> None:
             print(line, file=sys.stderr, flush=True)
         if state is not None and state.error is not None:
             raise ServerFailed(state.error)
-        for group, known in enumerate(reported):
-            for line in news(_get(config, f"/admin/operations?engine={group}"), known):
-                print(f"group {group}: {line}" if len(reported) > 1 else line, file=sys.stderr, flush=True)
+        groups = _get(config, "/admin/engines")
+        count = len(groups) if isinstance(groups, list) else config.data_parallel_size
+        for group in range(count):
+            for line in news(_get(config, f"/admin/operations?engine={group}"), reported[group]):
+                print(f"group {group}: {line}" if count > 1 else line, file=sys.stderr, flush=True)
 
 
 class Silence:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from elastic_moe.cluster.errors import NotReadyError, RequestError
@@ -22,6 +22,7 @@ from elastic_moe.deploy.backend.request_stream import TakesTokens
 from elastic_moe.deploy.generation.metrics import Metrics
 from elastic_moe.deploy.generation.progress import Progress
 from elastic_moe.deploy.parsing.events import Event, TextKind, TextPiece
+from elastic_moe.deploy.parsing.events import merged as merged_events
 from elastic_moe.deploy.parsing.parser import AnswerParser
 from elastic_moe.deploy.text.detokenizer import StopStrings
 from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -74,8 +75,10 @@ class Answer:
         return_token_ids: bool = False,
         parser: AnswerParser | None = None,
         markers: Mapping[int, str] | None = None,
+        interval: int = 1,
     ) -> None:
-        """`markers` are the special tokens that the parser needs, with their texts, also where the client sees none."""
+        """`markers` are the special tokens that the parser needs, with their texts, also where the client sees none.
+        `interval`: tokens in a delta, as far as they come one by one; the first one and the end are never held back."""
         self.index = index
         self.request = request
         self.completion_tokens = 0
@@ -97,6 +100,12 @@ class Answer:
         self._text_chars = 0
         self._return_token_ids = return_token_ids
         self._scores: list[PromptScores] = []
+        self._interval = interval
+        self._held = Delta(index=index, text="")
+        """What is held back; `_held_tokens` counts its tokens."""
+        self._held_tokens = 0
+        self._begun = interval == 1
+        """Whether there has been something to send."""
 
     @property
     def scores(self) -> PromptScores | None:
@@ -105,8 +114,25 @@ class Answer:
         return joined(self._scores)
 
     def feed(self, output: TokenOutput) -> Delta:
-        """The delta that an output makes. Raises GenerationFailed where the engine reports an error, and RequestError
-        where the request is to blame for it."""
+        """The delta to send after an output; it is empty where there is nothing to send yet. Raises GenerationFailed
+        where the engine reports an error, and RequestError where the request is to blame for it."""
+        before = self.completion_tokens
+        delta = self._feed(output)
+        return delta if self._interval == 1 else self._paced(delta, self.completion_tokens - before)
+
+    def _paced(self, delta: Delta, tokens: int) -> Delta:
+        """What is held back and `delta`, which has so many tokens; or an empty delta, as both are held back now."""
+        delta, self._held_tokens = _joined(self._held, delta), self._held_tokens + tokens
+        waits = self._begun and self._held_tokens < self._interval and delta.finish_reason is None
+        nothing = Delta(index=self.index, text="")
+        self._held = delta if waits else nothing
+        if waits:
+            return nothing
+        self._held_tokens = 0
+        self._begun |= not delta.empty
+        return delta
+
+    def _feed(self, output: TokenOutput) -> Delta:
         if output.refused:
             raise RequestError(output.error or "the request cannot be served", code="grammar_failed")
         if output.finish_reason is FinishReason.ERROR:
@@ -138,6 +164,11 @@ class Answer:
             index=self.index, text=text, events=self._new_events(), tokens=tuple(scored), token_ids=tuple(made)
         )
 
+    def take_held(self) -> Delta:
+        """What is held back, where an error ends the answer."""
+        held, self._held = self._held, Delta(index=self.index, text="")
+        return held
+
     @property
     def is_plain(self) -> bool:
         """Whether a token makes nothing but text: no event, no end, and no number that the client asks for."""
@@ -145,9 +176,10 @@ class Answer:
         return not watched and not self._return_token_ids and self.request.params.logprobs is None
 
     def feed_plain(self, token_id: int) -> str:
-        """The text that one more token makes, which does not end the answer. Only where the answer is plain."""
+        """The text to send after one more token, which does not end the answer. Only where the answer is plain."""
         self.completion_tokens += 1
-        return self._detokenizer.push(token_id)
+        text = self._detokenizer.push(token_id)
+        return text if self._interval == 1 else self._paced(Delta(index=self.index, text=text), 1).text
 
     def _text_of(self, token_id: int) -> str:
         marker = self._markers.get(token_id)
@@ -210,6 +242,17 @@ class Answer:
         )
 
 
+def _joined(first: Delta, then: Delta) -> Delta:
+    """Two deltas of one answer as one."""
+    return replace(
+        then,
+        text=first.text + then.text,
+        events=merged_events(first.events + then.events),
+        tokens=first.tokens + then.tokens,
+        token_ids=first.token_ids + then.token_ids,
+    )
+
+
 class Short(TakesTokens, Protocol):
     """A way for tokens that needs no deltas (shortcut.py)."""
 
@@ -245,6 +288,8 @@ async def answer_deltas(
             raise GenerationFailed("the engine ended this request without an answer")
     except (GenerationFailed, NotReadyError, RequestError):
         progress.reason = FinishReason.ERROR
+        if not (held := answer.take_held()).empty:
+            yield held
         raise
     finally:
         progress.end()

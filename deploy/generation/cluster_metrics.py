@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter as Tally
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import TypeVar
 
@@ -45,11 +45,18 @@ async def _unless_away(question: Awaitable[Answer]) -> Answer | None:
 class ClusterCollector(Collector):
     """Makes metrics of the last answers of all groups."""
 
-    def __init__(self, labels: Sequence[Mapping[str, str]]) -> None:
-        """labels: of each group."""
-        self.groups = [_GroupCollector(of) for of in labels]
+    def __init__(self, labels: Callable[[int], Mapping[str, str]], number: int) -> None:
+        """labels: of a group, by its number. number: of groups."""
+        self._labels = labels
+        self.groups: list[_GroupCollector] = []
+        self.expect(number)
         self.ready = False
         self.resumed = 0
+
+    def expect(self, number: int) -> None:
+        """There are so many groups now."""
+        self.groups = self.groups[:number]
+        self.groups += [_GroupCollector(self._labels(group)) for group in range(len(self.groups), number)]
 
     def collect(self) -> Iterable[Metric]:
         # of the whole server: they stand in the row of the first group

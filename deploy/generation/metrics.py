@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,14 +88,14 @@ class Metrics:
         self.exporter: Exporter | None = None
         """Takes a trace of each request, where there is one."""
         self._log_requests = log_requests
-        labels = [{"model_name": model_name, "engine": str(number)} for number in range(engines)]
+        self._model_name = model_name
         self._first_tokens = 0
         self._first_tokens_s = 0.0
         self._registry = CollectorRegistry()
         """What this replica has counted."""
         self._added_up = AddedUp(self._registry)
         self._shared = SharedCounts(values, uuid.uuid4().hex)
-        self._cluster = ClusterCollector(labels)
+        self._cluster = ClusterCollector(self._labels, engines)
         self._whole = CollectorRegistry()
         self._whole.register(self._cluster)
         self._whole.register(self._added_up)
@@ -123,20 +122,34 @@ class Metrics:
             (*LABELS, "finished_reason"),
             registry=self._registry,
         )
-        self._engines = [_Engine(families, of) for of in labels]
-        self.tokens = TokenCounts(labels, ITL_BUCKETS)
+        self._families = families
+        self._engines: list[_Engine] = []
+        self.tokens = TokenCounts(ITL_BUCKETS)
         self._registry.register(self.tokens)
-        for of, reason in itertools.product(labels, FinishReason):
-            self._success.labels(**of, finished_reason=reason.value)
+        self._expect(engines)
+
+    def _labels(self, engine: int) -> Mapping[str, str]:
+        return {"model_name": self._model_name, "engine": str(engine)}
+
+    def _expect(self, engines: int) -> None:
+        """There are so many groups now. What was counted of earlier ones stays."""
+        for number in range(len(self._engines), engines):
+            of = self._labels(number)
+            self._engines.append(_Engine(self._families, of))
+            self.tokens.add_group(of)
+            for reason in FinishReason:
+                self._success.labels(**of, finished_reason=reason.value)
 
     def request_began(self, prompt_tokens: int, engine: int = 0) -> None:
         """`engine`: number of the group that runs the request, here and below."""
+        self._expect(engine + 1)
         self._engines[engine].add("prompt_tokens", prompt_tokens)
 
     def tokens_came(self, count: int, elapsed_s: float, engine: int = 0, *, first: bool) -> None:
         """Count tokens that came `elapsed_s` after the previous ones, or after the request began."""
         if count < 1:
             return
+        self._expect(engine + 1)
         if first:
             self.tokens.first(count, engine)
             self._engines[engine].observe("ttft", elapsed_s)
@@ -156,6 +169,7 @@ class Metrics:
 
     def request_ended(self, life: Life, reason: FinishReason, engine: int = 0) -> None:
         """Count a request that has ended, and report it: as a trace and as a line, where these are asked for."""
+        self._expect(engine + 1)
         times, of = life.times(), self._engines[engine]
         self._success.labels(**of.labels, finished_reason=reason.value).inc()
         of.observe("e2e", times.whole_s)
@@ -174,7 +188,10 @@ class Metrics:
         cluster = self._cluster
         cluster.ready = (await backend.readiness()).ready
         await self._add_up(backend.engine.resumed)
-        groups = zip(cluster.groups, map(backend.group, range(backend.num_groups)), strict=True)
+        number = backend.num_groups
+        cluster.expect(number)
+        self._expect(number)
+        groups = zip(cluster.groups, map(backend.group, range(number)), strict=True)
         await asyncio.gather(*(collector.ask(group) for collector, group in groups))
         return prometheus_client.generate_latest(self._whole)
 

@@ -17,14 +17,20 @@ from prometheus_client.registry import Collector
 class TokenCounts(Collector):
     """Tokens and intervals of each group, under vLLM's names."""
 
-    def __init__(self, labels: Sequence[Mapping[str, str]], bounds_s: Sequence[float]) -> None:
-        """`labels`: of each group. `bounds_s`: upper bounds of the histogram's buckets, ascending."""
-        self._labels = labels
+    def __init__(self, bounds_s: Sequence[float]) -> None:
+        """`bounds_s`: upper bounds of the histogram's buckets, ascending."""
+        self._labels: list[Mapping[str, str]] = []
         self._bounds_s = bounds_s
-        self._first = [0 for _ in labels]
-        self._intervals = [[0] * (len(bounds_s) + 1) for _ in labels]
+        self._first: list[int] = []
+        self._intervals: list[list[int]] = []
         """By group and bucket."""
-        self._sums_s = [0.0 for _ in labels]
+        self._sums_s: list[float] = []
+
+    def add_group(self, labels: Mapping[str, str]) -> None:
+        self._labels.append(labels)
+        self._first.append(0)
+        self._intervals.append([0] * (len(self._bounds_s) + 1))
+        self._sums_s.append(0.0)
 
     def first(self, count: int, group: int) -> None:
         """Count the first tokens of an answer, which have no interval before them."""
@@ -45,7 +51,7 @@ class TokenCounts(Collector):
         self._sums_s[group] += count * interval_s
 
     def collect(self) -> Iterable[Metric]:
-        names = tuple(self._labels[0])
+        names = tuple(self._labels[0]) if self._labels else ()
         tokens = CounterMetricFamily("vllm:generation_tokens", "Number of generation tokens processed.", labels=names)
         intervals = HistogramMetricFamily("vllm:inter_token_latency_seconds", "Time between tokens.", labels=names)
         ends = [*(str(float(bound)) for bound in self._bounds_s), "+Inf"]

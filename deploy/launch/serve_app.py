@@ -52,6 +52,7 @@ from elastic_moe.cluster.redeploy import cluster_of, generation_of
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.check_in import check_in
+from elastic_moe.deploy.backend.directory import RayDirectory
 from elastic_moe.deploy.backend.gcs_watch import GcsWatch, limit_s
 from elastic_moe.deploy.backend.groups import Groups, together
 from elastic_moe.deploy.backend.hand_over import READY_POLL_S, ready, take_over
@@ -98,11 +99,12 @@ class Api:
         self._config = config
         self._generation = generation_of(config, model_dir)
         self._redeployable = model is not None
-        self._coordinators = start(config, model_dir)
+        coordinators = start(config, model_dir)
         self._name = uuid.uuid4().hex
         """The name by which the coordinators know this replica."""
         self._gcs = GcsWatch(ray.get_runtime_context().gcs_address, limit_s(os.environ.get(RECONNECT)))
-        self._backend = Groups(len(self._coordinators), self._group)
+        self._directory = RayDirectory(config, model_dir, coordinators, joined=self._redeployable)
+        self._backend = Groups(len(coordinators), self._group, self._directory, self._name)
         self._service = Service(
             config, self._backend, model_dir, BoundedPrompts.open, RayKeyValue(API_NAMESPACE), self._generation, _lives
         )
@@ -110,11 +112,12 @@ class Api:
 
     def _group(self, number: int, lost: Callable[[], None]) -> RayBackend:
         return RayBackend(
-            self._coordinators[number],
+            self._directory.coordinators[number],
             recovery_timeout_s=self._config.recovery_timeout,
             gcs=self._gcs,
             number=number,
             lost=lost,
+            reports=lambda coordinator: check_in(coordinator, self._name, self._service),
         )
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -123,13 +126,12 @@ class Api:
         work = (
             self._service.following.watch(),
             self._service.metrics.share(self._backend.engine),
-            *(check_in(coordinator, self._name, self._service) for coordinator in self._coordinators),
         )
         self._tasks = [loading, *map(asyncio.create_task, work)]
         # Serve sends requests here from the end of this call on, though other replicas may be able to answer them
         await asyncio.wait([loading], timeout=LOAD_TIMEOUT_S)
         if self._redeployable and await take_over(
-            self._config, self._generation, self._coordinators, self._service.readiness, generations
+            self._config, self._generation, self._directory.coordinators, self._service.readiness, generations
         ):
             self._backend.expect_service()
         return create_app(self._service)
@@ -152,7 +154,7 @@ class Api:
         await self._backend.end()
         await asyncio.to_thread(self._service.close)
         # asked in any case, since it also says that this replica ends
-        others = await self._others()
+        others = await self._backend.check_out(STOP_TIMEOUT_S)
         if await asyncio.to_thread(_application_is_going) and not others:
             await asyncio.to_thread(stop_cluster, STOP_TIMEOUT_S, self._generation)
             await asyncio.to_thread(stop_unused_clusters, STOP_TIMEOUT_S)
@@ -169,15 +171,6 @@ class Api:
             async with asyncio.timeout(self._config.shutdown_timeout):
                 while len(self._service.following):
                     await asyncio.sleep(READY_POLL_S)
-
-    async def _others(self) -> int:
-        """Number of other replicas, whose requests still need the cluster."""
-        calls = [
-            within(ask(coordinator, Coordinator.check_out, self._name), STOP_TIMEOUT_S)
-            for coordinator in self._coordinators
-        ]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        return max((answer for answer in answers if isinstance(answer, int)), default=0)
 
 
 class Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
@@ -51,3 +52,17 @@ class CallEnd:
 
 
 Event: TypeAlias = TextPiece | CallBegin | CallArguments | CallEnd
+
+
+def merged(events: Iterable[Event]) -> tuple[Event, ...]:
+    """The same with fewer events: neighbours that say more of the same text are one."""
+    made: list[Event] = []
+    for event in events:
+        last = made[-1] if made else None
+        if isinstance(event, TextPiece) and isinstance(last, TextPiece) and event.kind is last.kind:
+            made[-1] = TextPiece(kind=event.kind, text=last.text + event.text)
+        elif isinstance(event, CallArguments) and isinstance(last, CallArguments) and event.index == last.index:
+            made[-1] = CallArguments(index=event.index, text=last.text + event.text)
+        else:
+            made.append(event)
+    return tuple(made)

@@ -78,7 +78,9 @@ class Rendering:
 
     def _feed(self, one: TokenOutput) -> list[Event]:
         if one.finish_reason is FinishReason.ERROR:
-            return self._end(Ending(reason=FinishReason.ERROR, error=one.error or "the engine has ended this request"))
+            held = self._pieces(self._answer.take_held())
+            ending = Ending(reason=FinishReason.ERROR, error=one.error or "the engine has ended this request")
+            return [*held, *self._end(ending)]
         delta = self._answer.feed(one)
         events = self._pieces(delta)
         if delta.finish_reason is not None:

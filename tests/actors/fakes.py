@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from ray.exceptions import ActorDiedError
 
-from elastic_moe.actors.coordinator.fleet import RayFleet
+from elastic_moe.actors.coordinator.fleet import Fleet, RayFleet
 from elastic_moe.actors.coordinator.migrator import Migrator
 from elastic_moe.actors.remote.ask import Remote, ask, in_group
 from elastic_moe.cluster.config import ServeConfig
@@ -330,6 +330,9 @@ class PlainFleet:
 
     def others(self) -> list[Remote[Any]]:
         return self.rivals
+
+    def beside(self, group: int) -> Fleet:
+        raise AssertionError(group)
 
     def leave(self) -> None:
         self.has_left = True

@@ -18,7 +18,14 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementError, RequestError, UserError
+from elastic_moe.cluster.errors import (
+    ConfigError,
+    ConflictError,
+    NotReadyError,
+    PlacementError,
+    RequestError,
+    UserError,
+)
 from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.facts import Cause, Stage
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
@@ -226,6 +233,15 @@ class FakeBackend:
         )
 
     num_groups = 1
+
+    @property
+    def wanted_groups(self) -> int:
+        return self.num_groups
+
+    async def resize(self, number: int) -> None:
+        if number > 4:
+            raise ConfigError(f"data_parallel_size: expected at most 4, got {number}")
+        self.num_groups = number
 
     def group(self, number: int) -> FakeBackend:
         if number:

@@ -161,12 +161,15 @@ def test_groups_come_and_go(url: str, reference: Reference) -> None:
     deploy(reference.checkpoint, "first")
     before = get(url, "/admin/config")
     asking = Asking(url)
+    # by calls, and then by settings, which count from the next change of their own number on
+    for number in (2, 1):
+        answer = httpx.post(f"{url}/admin/engines", json={"data_parallel_size": number}, timeout=30, verify=PLAIN)
+        assert answer.status_code == 202
+        wait_for_groups(url, number)
+        time.sleep(0.5)
     for number in (2, 1):
         deploy(reference.checkpoint, "first", data_parallel_size=number)
-        deadline = time.monotonic() + READY_S
-        while [engine["ready"] for engine in get(url, "/admin/engines")] != [True] * number:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_for_groups(url, number)
     assert get(url, "/admin/config")["generation"] == before["generation"]
     time.sleep(1)
     answers = asking.stop()
@@ -175,6 +178,13 @@ def test_groups_come_and_go(url: str, reference: Reference) -> None:
     print(f"\ngroups: the longest answer took {asking.longest_s:.2f} s")
     # the second group ends when no replica uses it any more
     end_of_the_old_cluster()
+
+
+def wait_for_groups(url: str, number: int) -> None:
+    deadline = time.monotonic() + READY_S
+    while [engine["ready"] for engine in get(url, "/admin/engines")] != [True] * number:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def check_each_name_got_its_own_model(answers: Sequence[tuple[str, int, str]], texts: Mapping[str, str]) -> None:

@@ -1,5 +1,8 @@
 """What a coordinator saves is found by itself alone, and ends with its cluster."""
 
+import pytest
+
+from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.generations import StateStore
 from elastic_moe.actors.remote.key_value import LocalKeyValue
 from elastic_moe.cluster.redeploy import Generation
@@ -34,3 +37,16 @@ def test_to_clear_forgets_the_state_and_the_parts_of_one_cluster() -> None:
     assert one.saved_part("a") is None
     assert other.saved() == b"state"
     assert len(values.keys("")) == 3
+
+
+def test_the_number_of_groups_counts_until_the_settings_say_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generations, "_values", LocalKeyValue())
+    assert generations.number_of_groups(ONE, 2) == 2
+    generations.ask_for_groups(ONE, 2, 5)
+    assert (generations.number_of_groups(ONE, 2), generations.number_of_groups(OTHER, 2)) == (5, 2)
+    generations.ask_for_groups(ONE, 2, 1)
+    generations.drop_other_numbers(ONE, 2)
+    assert (generations.number_of_groups(ONE, 2), generations.number_of_groups(ONE, 3)) == (1, 3)
+    # a redeploy with 3 groups, and another one with 2 again
+    generations.drop_other_numbers(ONE, 3)
+    assert generations.number_of_groups(ONE, 2) == 2

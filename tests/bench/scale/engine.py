@@ -12,6 +12,7 @@ import psutil
 import uvloop
 
 from elastic_moe.actors.engine.clients import Clients
+from elastic_moe.actors.engine.garbage import keep_collections_short
 from elastic_moe.actors.engine.step_loop import StepLoop
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.scheduler.scheduler import Scheduler
@@ -86,6 +87,7 @@ class BenchEngine:
 
     async def begin(self) -> Endpoint:
         self.running = asyncio.create_task(self.loop.run())
+        self.short = asyncio.create_task(keep_collections_short(lambda: self.scheduler.num_requests))
         members = tuple(Worker(id=worker, node=info.node, slots=4) for worker, info in self.infos.items())
         placement = contiguous(1, 4 * len(members), members)
         spec = EpochSpec(
@@ -145,6 +147,7 @@ async def _measure(
     finally:
         client.kill()
         engine.running.cancel()
+        engine.short.cancel()
         engine.clients.close()
     each = -(-sequences // len(endpoints))
     return EngineCost(

@@ -347,6 +347,14 @@ def test_errors_of_the_engine(call: Call) -> None:
     assert error(response, 500)["message"] == "worker w1 is lost"
     streamed = call("POST", "/v1/completions", json={**COMPLETION, "stream": True}, backend=FakeBackend(fail_after=1))
     assert events(streamed)[-1]["error"]["message"] == "worker w1 is lost"
+    # what was held back comes before the error
+    config = {"stream_interval": 9}
+    streamed = call(
+        "POST", "/v1/completions", json={**COMPLETION, "stream": True}, backend=FakeBackend(fail_after=2), config=config
+    )
+    *parts, last = events(streamed)
+    assert [part["choices"][0]["text"] for part in parts] == ["`", "a"]
+    assert last["error"]["message"] == "worker w1 is lost"
 
 
 def test_a_bug_is_a_500_without_its_traceback(call: Call, caplog: pytest.LogCaptureFixture) -> None:
@@ -749,6 +757,45 @@ def test_groups_are_listed_asked_and_counted_by_their_engines(call: Call) -> Non
         assert error(call("GET", f"/admin/workers?engine={number}"), 400)["param"] == "engine"
 
 
+def test_the_number_of_groups_is_changed_by_a_call(call: Call) -> None:
+    backend = FakeBackend()
+    answer = call("POST", "/admin/engines", json={"data_parallel_size": 3}, backend=backend)
+    assert (answer.status_code, answer.json()) == (202, {"data_parallel_size": 3, "data_parallel_size_before": 1})
+    assert backend.num_groups == 3
+    for size in (0, "2", None, True, 2**31, 5):
+        told = error(call("POST", "/admin/engines", json={"data_parallel_size": size}, backend=backend), 400)
+        assert told["param"] == "data_parallel_size"
+    error(call("POST", "/admin/engines", json={}), 400)
+    error(call("POST", "/admin/engines", json={"data_parallel_size": 2}, config={"admin_api_key": "k"}), 401)
+    assert backend.num_groups == 3
+
+    class Leaving(Pair):
+        wanted_groups = 1
+
+    listed = call("GET", "/admin/engines", backend=Leaving()).json()
+    assert [engine["retiring"] for engine in listed] == [False, True]
+
+
+def test_metrics_of_a_group_that_came_later(model_dir: Path) -> None:
+    async def work() -> str:
+        backend = FakeBackend()
+        async with client_of(backend, model_dir) as client:
+            backend.num_groups = 2
+            backend.group = lambda number: backend  # type: ignore[method-assign]
+            backend.group_of = lambda request_id: 1  # type: ignore[method-assign]
+            await client.post("/v1/completions", json=COMPLETION)
+            await client.get("/metrics")
+            backend.num_groups = 1
+            return (await client.get("/metrics")).text
+
+    families = list(text_string_to_metric_families(asyncio.run(work())))
+    found = {(s.name, s.labels.get("engine")): s.value for family in families for s in family.samples}
+    # what was counted stays, and the state of a group that is gone does not
+    assert found["vllm:generation_tokens_total", "1"] == 3
+    assert ("vllm:num_requests_waiting", "0") in found
+    assert ("vllm:num_requests_waiting", "1") not in found
+
+
 def test_metrics_of_several_groups(model_dir: Path) -> None:
     async def work() -> str:
         async with client_of(Pair(), model_dir) as client:
@@ -778,6 +825,8 @@ def test_scaling(call: Call) -> None:
     assert "1 to 4" in error(call("POST", "/admin/scale", json={"workers": 9}), 400)["message"]
     for body in ({}, {"workers": "4"}, {"workers": True}, {"retire": []}, {"retire": "w2"}, {"operation_id": "a b"}):
         error(call("POST", "/admin/scale", json=body), 400)
+    twice = error(call("POST", "/admin/scale", json={"retire": ["w1", "w2", "w1"]}), 400)
+    assert (twice["param"], twice["message"]) == ("retire", "retire: expected each worker once, got 'w1' several times")
     busy = FakeBackend(running_operation="op-7")
     assert "op-7" in error(call("POST", "/admin/scale", json={"workers": 3}, backend=busy), 409)["message"]
     assert call("POST", "/admin/scale", json={"workers": 3, "replace": True}, backend=busy).status_code == 202

@@ -139,6 +139,33 @@ def test_each_group_has_a_state_of_its_own(model_dir: Path) -> None:
     run(work)
 
 
+def test_a_page_follows_the_number_of_groups(model_dir: Path) -> None:
+    backend = SeveralGroups(others=(MovingCluster(size=2),))
+    service = service_of(backend, model_dir)
+
+    async def until(stream: AsyncGenerator[bytes, None], section: str, name: str, wanted: Any) -> None:
+        while True:
+            _, event = decoded(await anext(stream))
+            if event["state"].get(section, {}).get(name) == wanted:
+                return
+
+    async def work() -> None:
+        await service.begin()
+        streams = [events_of(Hub(service, poll_s=0.01, engine=engine)) for engine in (0, 1)]
+        for stream in streams:
+            await anext(stream)
+        backend.others += (MovingCluster(size=2),)
+        await until(streams[0], "engines", "count", 3)
+        backend.others = ()
+        await until(streams[0], "engines", "count", 1)
+        await until(streams[1], "status", "reason", "this group was retired, and is gone")
+        for stream in streams:
+            await stream.aclose()
+        service.close()
+
+    run(work)
+
+
 def test_a_group_that_is_not_there_has_no_events(call: Call) -> None:
     refused = call("GET", "/admin/events?engine=1")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "engine")

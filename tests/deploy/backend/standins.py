@@ -145,11 +145,17 @@ class Coordinator(Actor):
         self.hangs = False
         self.reason: str | None = None
         """Why the workers cannot serve, although there is an engine."""
+        self.left: list[str] = []
+        """The API replicas that have checked out."""
         self.stalls = False
         """The whole process stands still for 0.15 s, once, while an answer is under way."""
 
     async def engine(self) -> Remote[Any] | None:
         return None if self.current is None else Remote(self.current)
+
+    async def check_out(self, replica: str) -> int:
+        self.left.append(replica)
+        return 0
 
     async def operations(self) -> list[Any]:
         return []

@@ -11,7 +11,7 @@ from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 from elastic_moe.cluster.messages.views import Readiness
-from elastic_moe.deploy.backend import engine_client, ray_backend, router
+from elastic_moe.deploy.backend import engine_client, groups, ray_backend, router
 from elastic_moe.deploy.backend.groups import Groups, together
 from elastic_moe.deploy.backend.ray_backend import RayBackend
 from elastic_moe.deploy.backend.routing import CHUNK
@@ -32,11 +32,32 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Cluster:
+    """Also the directory of its groups."""
+
     def __init__(self, number: int) -> None:
-        self.engines = [Engine() for _ in range(number)]
-        self.coordinators = [Coordinator(engine) for engine in self.engines]
-        self.backend = Groups(number, self._make)
+        self.engines: list[Engine] = []
+        self.coordinators: list[Coordinator] = []
+        self.number = number
+        self.fails = 0
+        """Number of times that coordinators cannot be made."""
+        self.find(number)
+        self.backend = Groups(number, self._make, self, "replica")
         self.router = self.backend._router
+
+    def wanted(self) -> int:
+        return self.number
+
+    def want(self, number: int) -> None:
+        self.number = number
+
+    def find(self, number: int) -> None:
+        if self.fails:
+            self.fails -= 1
+            raise TimeoutError
+        for group in range(number):
+            if group == len(self.engines):
+                self.engines.append(Engine())
+                self.coordinators.append(Coordinator(self.engines[group]))
 
     def _make(self, number: int, lost: Callable[[], None]) -> RayBackend:
         coordinator = Remote[Coordinator](self.coordinators[number])
@@ -215,6 +236,58 @@ def test_lasting_requests_are_looked_for_in_all_groups() -> None:
             release(engine, 100)
         assert await asyncio.gather(*answers[1:]) == [EXPECTED] * 7
         cluster.backend.engine.forget(names[1])
+
+    run(scenario)
+
+
+def test_requests_of_a_retired_group_go_on_in_others_and_then_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "LOOK_S", 0.005)
+
+    async def scenario(cluster: Cluster) -> None:
+        backend = cluster.backend
+        alone = [cluster.ask(name) for name in "ab"]
+        await until(lambda: len(cluster.names()[0]) == 2)
+        cluster.fails = 2
+        await backend.resize(3)
+        assert (backend.num_groups, backend.wanted_groups) == (1, 1)
+        await until(lambda: (backend.num_groups, backend.wanted_groups) == (3, 3))
+        await cluster.serves()
+        answers = [cluster.ask(name) for name in "cdef"]
+        await until(lambda: [len(names) for names in cluster.names()] == [2, 2, 2])
+        # one of those that go is lost at the same time
+        cluster.engines[2].kill()
+        for engine in cluster.engines[:2]:
+            release(engine, 7)
+        # another replica takes the admin's call
+        cluster.number = 1
+        await until(lambda: backend.num_groups == 1)
+        assert cluster.coordinators[1].left == ["replica"]
+        assert cluster.names()[0] == set("abcdef")
+        assert set(cluster.engines[1].aborted) == {request.request_id for request in cluster.engines[1].submitted}
+        release(cluster.engines[0], 200)
+        assert await asyncio.gather(*alone, *answers) == [EXPECTED] * 6
+
+    run(scenario, number=1)
+
+
+def test_a_group_is_left_only_when_another_one_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "LOOK_S", 0.005)
+
+    async def scenario(cluster: Cluster) -> None:
+        answers = [cluster.ask(name) for name in "ab"]
+        await until(lambda: [len(names) for names in cluster.names()] == [1, 1])
+        cluster.coordinators[0].reason = "recovering"
+        await until(lambda: not cluster.router.states()[0].serves)
+        await cluster.backend.resize(1)
+        await asyncio.sleep(0.05)
+        # the answer goes on where it is, and new requests wait for the group that stays
+        assert (cluster.backend.num_groups, cluster.backend.wanted_groups) == (2, 1)
+        late = cluster.ask("late")
+        cluster.coordinators[0].reason = None
+        await until(lambda: cluster.names()[0] == {"a", "b", "late"})
+        release(cluster.engines[0], 100)
+        assert await asyncio.gather(*answers, late) == [EXPECTED] * 3
+        await until(lambda: cluster.backend.num_groups == 1)
 
     run(scenario)
 

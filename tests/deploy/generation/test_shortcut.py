@@ -114,7 +114,9 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-async def answers(model_dir: Path, name: str, frees: list[Callable[[], bool]]) -> tuple[list[bytes], list[int], str]:
+async def answers(
+    model_dir: Path, name: str, frees: list[Callable[[], bool]], interval: int = 1
+) -> tuple[list[bytes], list[int], str]:
     """What clients read, one after the other, with the number of direct parts, and the metrics afterwards."""
     path, body = ASKED[name]
     engine = Writer()
@@ -124,7 +126,8 @@ async def answers(model_dir: Path, name: str, frees: list[Callable[[], bool]]) -
         return RayBackend(Remote(coordinator), recovery_timeout_s=600, number=number, lost=lost)
 
     backend = Groups(1, group)
-    service = Service(ServeConfig(reasoning_parser="qwen3" if name == "reasoning" else None), backend, str(model_dir))
+    parser = "qwen3" if name == "reasoning" else None
+    service = Service(ServeConfig(reasoning_parser=parser, stream_interval=interval), backend, str(model_dir))
     await service.begin()
     engine.tokens = tuple(service.texts.tokenizer.encode(TEXT))
     backend.begin()
@@ -168,6 +171,24 @@ def test_the_bytes_are_those_of_the_long_way(model_dir: Path, name: str) -> None
     assert float(tokens[0]) % len(frees) == 0
     reasons = re.findall(r'vllm:request_success_total{[^}]*finished_reason="(\w+)"[^}]*} ([1-9])', metrics)
     assert reasons == [("stop" if "stop" in ASKED[name][1] else "length", str(answers_made))]
+
+
+@pytest.mark.parametrize("name", ["text", "stop", "token ids", "reasoning"])
+def test_a_part_of_a_stream_has_as_many_tokens_as_asked_for(model_dir: Path, name: str) -> None:
+    frees = [lambda: False, lambda: True]
+    singly, _, _ = asyncio.run(answers(model_dir, name, frees[:1]))
+    read, direct, metrics = asyncio.run(answers(model_dir, name, frees, interval=4))
+    assert read[1] == read[0]
+    assert direct[1] > 4
+    assert text_of(read[0]) == text_of(singly[0])
+    tokens = re.findall(r"vllm:generation_tokens_total{[^}]*} ([\d.]+)", metrics)
+    made = float(tokens[0]) / len(frees)
+    # an opening, the first token alone, then four each, and the end at once
+    assert read[0].count(b"data: {") <= 3 + made / 4
+    if name == "token ids":
+        parts = [json.loads(line[6:])["choices"][0]["token_ids"] for line in read[0].decode().split("\n\n")[:-2]]
+        assert [len(part) for part in parts if part][:3] == [1, 4, 4]
+        assert sum(map(len, filter(None, parts))) == made
 
 
 def text_of(body: bytes) -> dict[tuple[int, str], str]:

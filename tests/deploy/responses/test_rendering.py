@@ -33,11 +33,11 @@ def writing(hermes: Model, text: str, chunk: int = 1, cut: int = 0) -> FakeBacke
     return FakeBackend(script=lambda _: tokens[: len(tokens) - cut], chunk=chunk, **HOW)
 
 
-def ask(hermes: Model, backend: FakeBackend, **body: Any) -> Any:
+def ask(hermes: Model, backend: FakeBackend, *, interval: int = 1, **body: Any) -> Any:
     """The response, or the events of a stream."""
 
     async def work() -> Any:
-        async with client_of(backend, hermes.directory) as client:
+        async with client_of(backend, hermes.directory, stream_interval=interval) as client:
             response = await client.post("/v1/responses", json={**ASKED, **body})
             return events_of(response) if body.get("stream") else response.json()
 
@@ -71,6 +71,14 @@ def test_items_of_an_answer(hermes: Model, chunk: int) -> None:
     ids = [item["id"] for item in response["output"]]
     assert [name.split("_")[0] for name in ids] == ["rs", "msg", "fc", "fc"]
     assert len({*ids, *(item.get("call_id") for item in response["output"])}) == 7
+
+
+def test_parts_of_several_tokens_say_the_same(hermes: Model) -> None:
+    singly, five = (ask(hermes, writing(hermes, TEXT, 1), stream=True, interval=interval) for interval in (1, 5))
+    assert shapes(five[-1]["response"]["output"]) == shapes(singly[-1]["response"]["output"]) == WHOLE
+    few, many = (sum(event["type"].endswith(".delta") for event in events) for events in (five, singly))
+    assert few < 0.5 * many
+    assert [event["sequence_number"] for event in five] == list(range(len(five)))
 
 
 def test_events_are_the_same_however_tokens_come(hermes: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,79 @@
+"""`emoe scale`: what it asks of a server, and what it says of the answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+
+import pytest
+
+from elastic_moe.deploy.cli.main import main
+
+ENGINES = [
+    {"engine": 0, "ready": True, "retiring": False, "workers": 2, "running": 3},
+    {"engine": 1, "ready": True, "retiring": True, "workers": 2, "running": 0},
+]
+
+
+class Server(BaseHTTPRequestHandler):
+    asked: ClassVar[list[tuple[str, str | None, Any]]] = []
+
+    def do_GET(self) -> None:
+        self._answer(200, ENGINES)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append((self.path, self.headers["Authorization"], body))
+        if body.get("workers") == 9:
+            self._answer(400, {"error": {"message": "workers: expected 1 to 4, got 9"}})
+        elif self.path == "/admin/engines":
+            self._answer(202, {"data_parallel_size": 2, "data_parallel_size_before": 1})
+        else:
+            self._answer(202, {"operation_id": "scale-7", "reason": "w2 to leave"})
+
+    def _answer(self, status: int, body: Any) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    Server.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_groups_and_workers_are_changed(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "--url", url]) == 0
+    listed = "group 0: ready, 2 workers, 3 running requests\ngroup 1: retiring, 2 workers, 0 running requests\n"
+    assert capsys.readouterr().out == listed
+    assert main(["scale", "--url", url, "--data-parallel-size", "2", "--api-key", "k"]) == 0
+    assert capsys.readouterr().out == "from 1 to 2 groups\n" + listed
+    assert main(["scale", "--url", url, "--retire", "w2", "--retire", "w3", "--engine", "1"]) == 0
+    assert capsys.readouterr().out.startswith("operation scale-7: w2 to leave\n")
+    assert Server.asked == [
+        ("/admin/engines", "Bearer k", {"data_parallel_size": 2}),
+        ("/admin/scale?engine=1", None, {"retire": ["w2", "w3"]}),
+    ]
+
+
+def test_mistakes_are_told(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["--url", url, "--workers", "9"], "workers: expected 1 to 4, got 9"),
+        (["--url", url, "--workers", "2", "--data-parallel-size", "2"], "--data-parallel-size: cannot be changed"),
+        (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9/admin/engines: "),
+        (["--url", "nowhere"], "nowhere/admin/engines: not an answer"),
+    ):
+        assert main(["scale", *arguments]) == 2
+        assert words in capsys.readouterr().err
