@@ -152,6 +152,7 @@ def test_workers_do_not_import_from_the_current_directory(
                 "report_processes",
             ):
                 patched.setattr(f"elastic_moe.deploy.launch.ray_private.{name}", lambda *_: None)
+            patched.setattr("elastic_moe.deploy.launch.local_ray.check_answers", lambda _: None)
             ServerProcesses(ServeConfig(address=address), directory).start_ray()
     finally:
         directory.remove()

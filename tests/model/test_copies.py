@@ -75,6 +75,6 @@ def test_experts_in_8_bits_travel_as_they_are(tmp_path_factory: pytest.TempPathF
     assert cluster.run([request("b", [5, 6, 7], max_tokens=12)])["b"] == tokens["a"]
 
 
-def test_8_bits_are_for_the_native_library(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(UserError, match="expert_dtype: int8 needs the native library"):
+def test_8_bits_are_for_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(UserError, match="expert_dtype: int8 needs dtype bfloat16, and float32 is served"):
         Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [8], dtype="float32", expert_dtype="int8")

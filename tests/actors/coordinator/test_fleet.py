@@ -85,20 +85,24 @@ def test_workers_of_all_groups_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("name", "groups", "last", "expected"),
+    ("name", "groups", "called_for", "last", "expected"),
     [
-        ("g", 1, "g", True),
-        ("g", 1, None, True),
-        ("g", 1, "other", False),
-        ("g.1", 2, "g", True),
-        ("g.1", 2, "other", False),
-        ("g.1", 1, "g", False),
+        ("g", 1, None, "g", True),
+        ("g", 1, None, None, True),
+        ("g", 1, None, "other", False),
+        ("g.1", 2, None, "g", True),
+        ("g.1", 2, None, "other", False),
+        ("g.1", 1, None, "g", False),
+        ("g.1", 1, 2, "g", True),
+        ("g.1", 2, 1, "g", False),
     ],
 )
 def test_a_group_ends_with_its_cluster_or_when_there_are_to_be_fewer(
-    monkeypatch: pytest.MonkeyPatch, name: str, groups: int, last: str | None, expected: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, groups: int, called_for: int | None, last: str | None, expected: bool
 ) -> None:
+    """`groups` are configured; an admin call has asked for `called_for`."""
     monkeypatch.setattr(fleets.generations, "wanted", lambda: last)
+    monkeypatch.setattr(fleets.generations, "number_of_groups", lambda _, configured: called_for or configured)
     assert RayFleet(ServeConfig(), Generation(name)).wanted(groups) is expected
 
 
