@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 SET_ASIDE_S = 1.0
 """Seconds between two times at which all objects are set aside."""
+YOUNG = 1
+"""Of the collector's generations 0, 1 and 2."""
 COLLECT_S = 600.0
 """Least seconds between two collections of everything."""
 
@@ -28,4 +30,6 @@ async def keep_collections_short(num_requests: Callable[[], int]) -> None:
             gc.unfreeze()
             gc.collect()
             collected_at = time.monotonic()
+        # of what is younger than the last time, so that few cycles are set aside in a server that never rests
+        gc.collect(YOUNG)
         gc.freeze()

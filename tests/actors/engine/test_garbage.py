@@ -23,6 +23,25 @@ def as_before() -> Iterator[None]:
     gc.unfreeze()
 
 
+def test_cycles_that_nobody_has_any_more_are_not_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage, "SET_ASIDE_S", 0.001)
+
+    async def work() -> None:
+        task = asyncio.create_task(garbage.keep_collections_short(lambda: 1))
+        gone = weakref.ref(Cycle())
+        async with asyncio.timeout(10):
+            while gone() is not None:
+                await asyncio.sleep(0.001)
+        task.cancel()
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(work())
+    finally:
+        gc.enable()
+
+
 def test_cycles_are_collected_once_there_are_no_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "SET_ASIDE_S", 0.001)
     monkeypatch.setattr(garbage, "COLLECT_S", 0.0)
