@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError, UserError
+from elastic_moe.deploy.calls.requests import message_of, request_with_key
 
 TIMEOUT_S = 60.0
 """Seconds to wait for one answer of the server."""
@@ -56,22 +57,11 @@ def _call(url: str, api_key: str | None, body: Mapping[str, Any] | None = None) 
     """The JSON of the answer. Raises UserError."""
     data = None if body is None else json.dumps(body).encode()
     try:
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        if api_key is not None:
-            # a redirect to another host must not carry it there
-            request.add_unredirected_header("Authorization", f"Bearer {api_key}")
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with urllib.request.urlopen(request_with_key(url, api_key, data), timeout=TIMEOUT_S) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
-        raise UserError(f"{url}: {_message(error)}") from None
+        raise UserError(f"{url}: {message_of(error)}") from None
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url}: {error or type(error).__name__}") from None
     except ValueError as error:
         raise ConfigError(f"{url}: not an answer of this project's server ({error})") from None
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code}"

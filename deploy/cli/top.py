@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import math
 import time
 import urllib.error
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from elastic_moe.cluster.errors import ConfigError, UserError
+from elastic_moe.deploy.calls.requests import MOST_BYTES, message_of, request_with_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 5.0
 """Seconds to wait for one answer of the server."""
-MOST_BYTES = 64 << 20
-"""Most bytes of an answer that are read. 64 workers of 58 layers with 256 experts make less than a megabyte."""
 
 
 class NoAnswer(UserError):
@@ -124,12 +122,8 @@ class _Watch:
 
 def ask(url: str, api_key: str | None) -> bytes | None:
     """The body of the answer; None if the server is there but cannot answer yet. Raises UserError."""
-    request = urllib.request.Request(url)
-    if api_key is not None:
-        # a redirect to another host must not carry it there
-        request.add_unredirected_header("Authorization", f"Bearer {api_key}")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with urllib.request.urlopen(request_with_key(url, api_key), timeout=TIMEOUT_S) as response:
             return bytes(response.read(MOST_BYTES))
     except urllib.error.HTTPError as error:
         return _refused(url, error)
@@ -147,14 +141,7 @@ def _refused(url: str, error: urllib.error.HTTPError) -> bytes | None:
     if error.code == 503:
         return error.read(MOST_BYTES) if url.endswith("/ready") else None
     if error.code == 400 and "?engine=" in url:
-        raise ConfigError(f"--engine: {url.rpartition('/')[2]}: {_message(error)}") from None
+        raise ConfigError(f"--engine: {url.rpartition('/')[2]}: {message_of(error)}") from None
     if error.code >= 500:
         raise NoAnswer(f"{url}: HTTP {error.code}") from None
     raise ConfigError(f"{url}: HTTP {error.code}; is it a server of this project?") from None
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.loads(error.read(MOST_BYTES))["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code}"
