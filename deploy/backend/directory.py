@@ -37,6 +37,10 @@ class Directory(Protocol):
         """See that the first `number` groups have coordinators."""
         ...
 
+    def leave(self, number: int) -> None:
+        """Groups from `number` on are left: their coordinators may end, and `find` asks for them anew."""
+        ...
+
 
 class RayDirectory:
     def __init__(
@@ -65,3 +69,7 @@ class RayDirectory:
     def find(self, number: int) -> None:
         with self._finding:
             self.coordinators = start_further_groups(self.coordinators, self._config, self._model_dir, number)
+
+    def leave(self, number: int) -> None:
+        with self._finding:
+            self.coordinators = self.coordinators[:number]

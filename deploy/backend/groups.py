@@ -122,6 +122,8 @@ class Groups:
                 await group.end()
                 with contextlib.suppress(*CALL_ERRORS):
                     await group.ask(Coordinator.check_out, self._name)
+                if self._directory is not None:
+                    await asyncio.to_thread(self._directory.leave, len(self._groups))
 
     async def check_out(self, timeout_s: float) -> int:
         """This replica ends: tell all coordinators. Returns how many other replicas there are."""

@@ -40,6 +40,8 @@ class Cluster:
         self.number = number
         self.fails = 0
         """Number of times that coordinators cannot be made."""
+        self.left: list[int] = []
+        """Arguments of `leave`."""
         self.find(number)
         self.backend = Groups(number, self._make, self, "replica")
         self.router = self.backend._router
@@ -58,6 +60,9 @@ class Cluster:
             if group == len(self.engines):
                 self.engines.append(Engine())
                 self.coordinators.append(Coordinator(self.engines[group]))
+
+    def leave(self, number: int) -> None:
+        self.left.append(number)
 
     def _make(self, number: int, lost: Callable[[], None]) -> RayBackend:
         coordinator = Remote[Coordinator](self.coordinators[number])
@@ -262,6 +267,7 @@ def test_requests_of_a_retired_group_go_on_in_others_and_then_it_is_left(monkeyp
         cluster.number = 1
         await until(lambda: backend.num_groups == 1)
         assert cluster.coordinators[1].left == ["replica"]
+        await until(lambda: cluster.left == [2, 1])
         assert cluster.names()[0] == set("abcdef")
         assert set(cluster.engines[1].aborted) == {request.request_id for request in cluster.engines[1].submitted}
         release(cluster.engines[0], 200)
