@@ -149,9 +149,10 @@ class StepLoop:
             self._wake.clear()
             begun = self._now()
             if await self._act():
-                self._excuse(self._now() - begun)
                 # one piece of work at a time, so that the event loop is not held for several
                 await asyncio.sleep(0)
+                # also if something else has held the loop in this turn
+                self._excuse(self._now() - begun)
                 continue
             when = self._set_timer()
             await self._wake.wait()
