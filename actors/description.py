@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from elastic_moe.cluster.errors import CheckpointError, EmoeError
-from elastic_moe.cluster.gc_pause import no_collection
+from elastic_moe.cluster.interpreter import command_of, no_collection
 from elastic_moe.cluster.messages.epochs import ModelInfo
 
 
@@ -21,10 +21,8 @@ def describe(model_dir: str) -> ModelInfo:
 
     Raises CheckpointError as `open_checkpoint` does, and EmoeError where the process fails.
     """
-    # the other process must import the same modules as this one
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {main.__module__} import main; main()"
     ended = subprocess.run(
-        [sys.executable, "-c", code, model_dir],
+        command_of(main, model_dir),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         check=False,

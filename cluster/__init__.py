@@ -17,5 +17,5 @@ nodes           where workers may run, and what they wait for
 peers           who sent a request, and to which name
 keys            keys of the API
 lines           text for one line of a log, a terminal or an error message
-gc_pause        pauses Python's garbage collector while many lasting objects are made
+interpreter     the command of another Python with the same modules; imports without garbage collections
 """

@@ -13,6 +13,11 @@ EmoeError
 """
 
 
+def why(error: Exception) -> str:
+    """The reason of an error of the system without the file's name and the number; else the error's text."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 class EmoeError(Exception):
     """Base of every error that this project raises on purpose."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.errors import ConfigError, why
 
 VARIABLES = {
     "api_key": "EMOE_API_KEY",
@@ -43,7 +43,7 @@ def _read(name: str, file: str) -> str:
     try:
         return Path(file).expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}_file: {file}: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(f"{name}_file: {file}: {why(error)}") from None
 
 
 def _check(source: str, key: str) -> None:

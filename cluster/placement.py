@@ -22,7 +22,7 @@ from typing import Any, NewType
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.errors import PlacementError, why
 
 WorkerId = NewType("WorkerId", str)
 
@@ -207,7 +207,7 @@ class Placement:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise PlacementError(f"{path}: {error.strerror or error}") from None
+            raise PlacementError(f"{path}: {why(error)}") from None
         except (ValueError, RecursionError) as error:
             raise PlacementError(f"{path}: not JSON ({error})") from None
         if not isinstance(data, dict):

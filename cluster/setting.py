@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.errors import ConfigError, why
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
+        raise ConfigError(f"{path}: {why(error)}") from None
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
         # besides its own errors, yaml raises whatever its converters of scalars do
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None

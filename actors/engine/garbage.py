@@ -16,13 +16,13 @@ from collections.abc import Callable
 SET_ASIDE_S = 1.0
 """Seconds between two times at which all objects are set aside."""
 YOUNG = 1
-"""Of the collector's generations 0, 1 and 2."""
+"""The oldest of the collector's generations (0 to 2) that is collected before objects are set aside."""
 COLLECT_S = 600.0
 """Least seconds between two collections of everything."""
 
 
 async def keep_collections_short(num_requests: Callable[[], int]) -> None:
-    """Never returns."""
+    """Set aside what there is, again and again. Never returns. `num_requests` says how many requests there are now."""
     collected_at = time.monotonic()
     while True:
         await asyncio.sleep(SET_ASIDE_S)

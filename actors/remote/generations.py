@@ -57,9 +57,8 @@ def forget_wanted() -> None:
 def number_of_groups(generation: Generation, configured: int) -> int:
     """Number of groups that this cluster is to have: the one that an admin call has asked for, as long as the settings
     say `configured` as they did then; else `configured`."""
-    value = _values.get(_GROUPS + generation)
-    asked = {} if value is None else dict([value.decode().split("=")])
-    return int(asked.get(str(configured), configured))
+    then, _, asked = (_values.get(_GROUPS + generation) or b"").decode().partition("=")
+    return int(asked) if then == str(configured) else configured
 
 
 def drop_other_numbers(generation: Generation, configured: int) -> None:

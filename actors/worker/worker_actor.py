@@ -22,7 +22,7 @@ from elastic_moe.actors.remote.addresses import node_address
 from elastic_moe.actors.remote.ask import in_group
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.cluster.errors import NotReadyError
-from elastic_moe.cluster.gc_pause import no_collection
+from elastic_moe.cluster.interpreter import no_collection
 from elastic_moe.cluster.messages.epochs import (
     Epoch,
     EpochSpec,

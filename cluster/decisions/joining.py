@@ -22,13 +22,12 @@ def together(facts: Facts, wanted: Sequence[WorkerRecord]) -> list[WorkerRecord]
     """Those of `wanted` that should form the next group. All of them, unless attempts to do so have failed."""
     if not facts.serves:
         return _smallest(facts, wanted)
-    ranks = set(facts.ranks)
-    newcomers = [record for record in wanted if record.id not in ranks]
+    _, newcomers = facts.split(wanted)
     untried = [record for record in newcomers if not record.failed_joins]
     # alone, so that none is blamed for another's failure
     chosen = untried or sorted(newcomers, key=lambda record: record.failed_joins)[:1]
-    joins = ranks | {record.id for record in chosen}
-    return [record for record in wanted if record.id in joins]
+    later = {record.id for record in newcomers} - {record.id for record in chosen}
+    return [record for record in wanted if record.id not in later]
 
 
 def _smallest(facts: Facts, wanted: Sequence[WorkerRecord]) -> list[WorkerRecord]:

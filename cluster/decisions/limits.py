@@ -32,15 +32,16 @@ def check_limits(config: ServeConfig, info: ModelInfo) -> None:
             f"workers: {config.workers} is more than the {info.num_logical_experts} experts of a layer; "
             "every worker holds at least one"
         )
-    _check_expert_memory(config, info)
+    _check_weights(config, info)
     if config.max_model_len is not None and config.max_model_len > info.max_model_len:
         raise ConfigError(
             f"max_model_len: {config.max_model_len} is more than the {info.max_model_len} that the model allows"
         )
 
 
-def _check_expert_memory(config: ServeConfig, info: ModelInfo) -> None:
-    """Raises ConfigError if a worker may not hold one expert of each layer."""
+def _check_weights(config: ServeConfig, info: ModelInfo) -> None:
+    """Raises ConfigError for number formats that this model does not allow, and if a worker may not hold one expert of
+    each layer."""
     dtype = info.dtype if config.dtype == "auto" else config.dtype
     # whether there are GPUs is not known yet
     device = "cpu" if config.device == "auto" else config.device

@@ -58,8 +58,7 @@ def recovers_alone(facts: Facts, now: float) -> bool:
     """Whether the survivors recover first. Meanwhile a worker that loads would take cores and disk from them."""
     if facts.outage is None or now - facts.outage.since >= SURVIVORS_FIRST_S:
         return False
-    ranks = set(facts.ranks)
-    survivors = [record for record in facts.alive if record.id in ranks]
+    survivors, _ = facts.split(facts.alive)
     return bool(survivors) and facts.fits(survivors)
 
 
@@ -124,8 +123,7 @@ def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
         wanted = facts.loaded
     if not facts.fits(wanted):
         return Choice((), "the workers that have loaded have too little memory for every expert")
-    ranks = set(facts.ranks)
-    current = [record for record in wanted if record.id in ranks]
+    current, _ = facts.split(wanted)
     if facts.outage is not None and facts.fits(current):
         return Choice(tuple(together(facts, current)), "the survivors serve first")
     group = together(facts, wanted)
@@ -140,9 +138,7 @@ def _waits_for_more(
     facts: Facts, wanted: Sequence[WorkerRecord], now: float
 ) -> Choice[tuple[WorkerRecord, ...]] | None:
     """The choice to wait, so that workers that are starting join in the same epoch; None: do not wait."""
-    ranks = set(facts.ranks)
-    current = [record for record in wanted if record.id in ranks]
-    joining = [record for record in wanted if record.id not in ranks]
+    current, joining = facts.split(wanted)
     first = min(joining, key=lambda record: record.loaded_at or now, default=None)
     loaded_at = now if first is None else first.loaded_at or now
     waited = now - loaded_at
@@ -224,8 +220,8 @@ def wish(facts: Facts, members: Sequence[WorkerRecord]) -> Choice[OperationKind]
         kind = OperationKind.START
     else:
         kind = OperationKind.SCALE if facts.outage is None or facts.rests else OperationKind.RECOVER
-    ranks, names = set(facts.ranks), {record.id for record in members}
-    joining = [record.id for record in members if record.id not in ranks]
+    names = {record.id for record in members}
+    joining = [record.id for record in facts.split(members)[1]]
     leaving = [worker for worker in facts.ranks if worker not in names]
     words = [f"{' and '.join(ids)} {verb}" for ids, verb in ((joining, "to join"), (leaving, "to leave")) if ids]
     if any(facts.records[worker].moves for worker in leaving):

@@ -9,7 +9,7 @@ Legend: L MoE layers, E logical experts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
@@ -176,6 +176,11 @@ class Facts:
     def ranks(self) -> tuple[WorkerId, ...]:
         """Members of the epoch in force, in rank order; ended ones included until the next epoch."""
         return tuple(worker.id for worker in self.spec.placement.workers) if self.spec else ()
+
+    def split(self, records: Iterable[WorkerRecord]) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+        """(Those of these workers that are members of the epoch in force, the others), each in their order."""
+        members, given = set(self.ranks), list(records)
+        return [r for r in given if r.id in members], [r for r in given if r.id not in members]
 
     @property
     def serves(self) -> bool:

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.interpreter import command_of
 from elastic_moe.deploy.bodies import json_text
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,6 @@ _HEAD = struct.Struct("<QQ")
 """Before a message: its size in bytes, and how many buffers come after it."""
 _SIZE = struct.Struct("<Q")
 """Before a buffer."""
-_START = "import sys; sys.path[:] = sys.argv[1:]; from elastic_moe.deploy.bodies.aside import main; main()"
 
 
 class Aside:
@@ -152,7 +152,7 @@ class _Lane:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", _START, *sys.path]
+    command = command_of(main)
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
 

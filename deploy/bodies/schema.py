@@ -6,6 +6,7 @@ send them in good faith. A known field that would change the answer and is not s
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, FailFast, Field, SkipValidation, ValidationError, field_validator
@@ -314,9 +315,9 @@ class ScaleRequest(Body):
     @field_validator("retire")
     @classmethod
     def _each_once(cls, retire: list[str] | None) -> list[str] | None:
-        twice = next((name for name in retire or () if (retire or []).count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"expected each worker once, got {twice[:100]!r} several times")
+        for name, times in Counter(retire or ()).most_common(1):
+            if times > 1:
+                raise ValueError(f"expected each worker once, got {name[:100]!r} several times")
         return retire
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import EmoeError, UserError
+from elastic_moe.cluster.errors import EmoeError, UserError, why
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.setting import base_type, bytes_with_unit, read_yaml
 from elastic_moe.deploy.calibrating import flags as calibrating
@@ -159,7 +159,7 @@ def _until_notice(args: argparse.Namespace) -> int:
     try:
         return run(args.command, lambda: has_notice(cloud, ask))
     except OSError as error:
-        raise UserError(f"until-notice: cannot run {args.command[0]}: {error.strerror or error}") from None
+        raise UserError(f"until-notice: cannot run {args.command[0]}: {why(error)}") from None
 
 
 def _help(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.errors import ConfigError, why
 from elastic_moe.deploy.launch.builtin import MODEL_DIR, trace_names, trace_path
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(f"{path}: {why(error)}") from None
 
 
 def _requests(path: Path, text: str, tokenizer: Tokenizer, size: int) -> Iterator[list[int]]:

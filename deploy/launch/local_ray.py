@@ -21,7 +21,7 @@ import psutil
 
 from elastic_moe.actors.names import NAMESPACE
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.errors import UserError, why
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.deploy.launch import ray_private
 from elastic_moe.deploy.launch.console import keep_ray_lines
@@ -243,7 +243,7 @@ def check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error} (--port takes another)") from None
+        raise UserError(f"cannot listen on {host}:{port}: {why(error)} (--port takes another)") from None
 
 
 def check_answers(address: str) -> None:
@@ -257,10 +257,8 @@ def check_answers(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--address: cannot join {address}: {why} (`ray up` or `ray start --head` starts a Ray)"
-        ) from None
+        todo = "`ray up` or `ray start --head` starts a Ray"
+        raise UserError(f"--address: cannot join {address}: {why(error)} ({todo})") from None
 
 
 def check_shared_memory(path: str = "/dev/shm") -> None:

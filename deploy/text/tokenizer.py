@@ -12,8 +12,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from elastic_moe.cluster.errors import CheckpointError, ConfigError, RequestError
-from elastic_moe.cluster.gc_pause import no_collection
+from elastic_moe.cluster.errors import CheckpointError, ConfigError, RequestError, why
+from elastic_moe.cluster.interpreter import no_collection
 from elastic_moe.deploy.text.byte_detokenizer import ByteDetokenizer, Pieces
 from elastic_moe.deploy.text.conversation import TemplateForms, conversation, template_forms
 from elastic_moe.deploy.text.detokenizer import REPLACEMENT, Detokenizer
@@ -64,8 +64,7 @@ class Tokenizer:
             try:
                 template = Path(chat_template_path).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                why = getattr(error, "strerror", None) or error
-                raise ConfigError(f"chat_template: {chat_template_path}: {why}") from None
+                raise ConfigError(f"chat_template: {chat_template_path}: {why(error)}") from None
         if not any(next(Path(model_dir).glob(pattern), None) for pattern in FILES):
             raise CheckpointError(f"{model_dir}: there is no tokenizer; expected a file such as tokenizer.json")
         try:

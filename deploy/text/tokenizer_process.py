@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.cluster.errors import CheckpointError, ConfigError, RequestError, UserError
+from elastic_moe.cluster.interpreter import command_of
 from elastic_moe.deploy.text.conversation import MARK
 from elastic_moe.deploy.text.grammar_check import GRAMMAR_S, GrammarCheck
 from elastic_moe.deploy.text.tokenizer import Tokenizer, without_torch
@@ -53,10 +54,8 @@ class TokenizerProcess:
         self._chat_template = chat_template
         self._control, theirs = socket.socketpair()
         with theirs:
-            # the other process must import the same modules as this one
-            code = f"import sys; sys.path[:] = {sys.path!r}; from {main.__module__} import main; main()"
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno()), model_dir, chat_template or ""],
+                command_of(main, str(theirs.fileno()), model_dir, chat_template or ""),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 from elastic_moe.cluster.placement import Placement, Worker
@@ -50,11 +51,10 @@ def run_cache(
     # on one worker every placement is the same
     for name in PLACEMENTS if len(workers) > 1 else PLACEMENTS[:1]:
         seen = WorkerSteps(test, profile, _placement(problem, name), batch)
-        # workers with few experts have caches of few sizes
-        distinct = {str(cache_sizes(seen, share)): share for share in reversed(SHARES)}
-        for share in sorted(distinct.values()):
+        # workers with few experts have the same caches for several shares
+        for slots, _ in groupby(cache_sizes(seen, share) for share in SHARES):
             for policy in CURVES:
-                rows.append(cache_row(seen, name, policy, share, times))
+                rows.append(cache_row(seen, name, policy, slots, times))
                 progress(rows[-1])
     return rows
 

@@ -1,6 +1,6 @@
 """Joins router, experts and shared expert of feed-forward halves into one native call.
 
-A module is recognised by a trial: it must compute what the call's parts compute, but for roundings to 8 bits, since the
+A module is recognised by a trial: it must compute what the call's parts compute, up to the rounding of bfloat16, as the
 call's activation may round otherwise than torch's.
 """
 

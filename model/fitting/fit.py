@@ -118,9 +118,8 @@ def fit(
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
     _note_attention(shapes, latents, attention, apart, notes)
     lib = library() if refusal is None else None
-    if lib is not None:
-        pack_tied(lib, trunk, notes, trunk_form)
-    packed_bytes = pack_linears(trunk, notes, plain=states.plain, form=trunk_form)
+    packed_bytes = 0 if lib is None else pack_tied(trunk, notes, trunk_form)
+    packed_bytes += pack_linears(trunk, notes, plain=states.plain, form=trunk_form)
     if lib is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
         join_states(lib, states.layers)

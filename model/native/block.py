@@ -278,11 +278,7 @@ def _norm(norm: Norm | None) -> structs.Norm:
 
 def matrix_struct(matrix: Matrix) -> structs.Matrix:
     """The structure of a linear layer, whose tensors the caller keeps alive."""
-    return matrix_of(matrix.packed, matrix.bias)
-
-
-def matrix_of(packed: Packed, bias: Tensor | None) -> structs.Matrix:
-    """The same of its parts."""
+    packed, bias = matrix.packed, matrix.bias
     return structs.Matrix(
         packed=packed.data.data_ptr(), bias=None if bias is None else bias.data_ptr(), form=NUMBERS[packed.form]
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from elastic_moe.model.native import structs
 from elastic_moe.model.native.attention import NativeBatch
-from elastic_moe.model.native.block import AttentionBlock, Matrix, matrix_of, matrix_struct
+from elastic_moe.model.native.block import AttentionBlock, Matrix, matrix_struct
 from elastic_moe.model.native.experts import check_available
 from elastic_moe.model.native.linear import Packed
 from elastic_moe.model.native.router import Router, ScoredRouter
@@ -61,8 +61,8 @@ class NativeHead:
     """An output head, which other workers of the node may help to compute."""
 
     def __init__(self, packed: Packed, bias: Tensor | None) -> None:
-        self._kept = (packed, bias)
-        self._head = Head(depth=packed.depth, columns=packed.columns, matrix=matrix_of(packed, bias))
+        self._kept = Matrix(packed=packed, bias=bias)
+        self._head = Head(depth=packed.depth, columns=packed.columns, matrix=matrix_struct(self._kept))
         self.address = ctypes.addressof(self._head)
 
     def __call__(self, experts: JointExperts, x_RH: Tensor) -> Tensor:

@@ -109,13 +109,13 @@ def pack_linears(
     A layer is not packed if another module uses its weight too (tied embeddings, and those in `plain`), or if its class
     is a subclass of nn.Linear. Every linear layer is added to `notes`, packed or not.
 
-    With INT8, weights are rounded to 8 bits, those of embeddings and of an output head that is tied to them too, but
-    not those of gates and routers.
+    With INT8, weights are rounded to 8 bits, those of embeddings too, but not those of gates and routers. Call
+    `pack_tied` before for matrices that are both an embedding and an output layer.
     """
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     total = 0
     if form is ExpertForm.INT8:
-        total += _narrow_embedding(model, notes, uses, plain)
+        total += _narrow_embedding(model, uses)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear):
@@ -127,39 +127,36 @@ def pack_linears(
                 notes.add(Part.LINEARS, kind, CodePath.TORCH, "another module uses its weight too")
             else:
                 packed = pack(child.weight.data, form if child.out_features >= NARROW_OUTPUTS else ExpertForm.PLAIN)
-                notes.add(Part.LINEARS, _label(kind, packed), *_layout(packed))
+                notes.add(Part.LINEARS, label(kind, packed), *_layout(packed))
                 if isinstance(packed, Packed) or packed.is_mkldnn:
                     setattr(parent, name, PackedLinear(packed, child.bias))
                     total += nbytes(packed)
     return total
 
 
-def _narrow_embedding(model: Any, notes: FitNotes, uses: Counter[int], plain: Collection[nn.Module]) -> int:
-    """Round the matrix of the embeddings, and of an output head that is tied to it. Returns its bytes, or 0 if it stays
-    as it is."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+def _narrow_embedding(model: Any, uses: Counter[int]) -> int:
+    """Round the matrix of the embeddings, if nothing else has it. Returns its bytes, or 0 if it stays as it is."""
+    embedding = model.get_input_embeddings()
     if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not native.can_pack(embedding.weight):
         return 0
-    tied = type(head) is nn.Linear and head.weight is embedding.weight and head not in plain
-    if uses[id(embedding.weight)] != 1 + tied:
+    if uses[id(embedding.weight)] != 1:
         return 0
     packed = pack(embedding.weight.data, ExpertForm.INT8)
     assert isinstance(packed, Packed)
-    _replace(model, embedding, NarrowEmbedding(packed))
-    if tied:
-        _replace(model, head, PackedLinear(packed, head.bias))
-        notes.add(Part.LINEARS, _label(type(head).__name__, packed), *_layout(packed))
+    replace_module(model, embedding, NarrowEmbedding(packed))
     return packed.nbytes
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model has `old`."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child is old:
                 setattr(parent, name, new)
 
 
-def _label(kind: str, weight: Weight) -> str:
+def label(kind: str, weight: Weight) -> str:
+    """How a report names layers of this class with such a matrix."""
     return f"{kind} in {weight.form}" if isinstance(weight, Packed) and weight.form is not ExpertForm.PLAIN else kind
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elastic_moe.model.native.layers import NativeHead
 from elastic_moe.model.native.linear import Packed
-from elastic_moe.model.trunk.linear import PackedLinear
+from elastic_moe.model.trunk.linear import PackedLinear, replace_module
 from elastic_moe.model.trunk.step_batch import StepBatch, current_batch
 
 
@@ -85,8 +85,5 @@ def share_head(trunk: Any) -> NativeHead | None:
     if not isinstance(head, PackedLinear) or not isinstance(head.packed, Packed):
         return None
     shared = _SharedHead(head, NativeHead(head.packed, head.bias))
-    for parent in list(trunk.modules()):
-        for name, child in list(parent.named_children()):
-            if child is head:
-                setattr(parent, name, shared)
+    replace_module(trunk, head, shared)
     return shared.native

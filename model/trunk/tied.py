@@ -8,7 +8,6 @@ Legend: T tokens, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
-from elastic_moe.model.int8 import quantize
-from elastic_moe.model.native.linear import PANEL, Packed, can_pack, linear, pack, pack8
+from elastic_moe.model.native.linear import PANEL, Packed, can_pack, linear
 from elastic_moe.model.native.linear import rows as narrow_rows
 from elastic_moe.model.torch_private import plain_tensors
-from elastic_moe.model.trunk.linear import PackedLinear
+from elastic_moe.model.trunk.linear import NarrowEmbedding, PackedLinear, label, pack, replace_module
 
 
 class _PackedEmbedding(nn.Parameter):
@@ -40,31 +38,42 @@ class _PackedEmbedding(nn.Parameter):
             return func(*args, **given)
 
 
-def pack_tied(lib: ctypes.CDLL, model: nn.Module, notes: FitNotes, form: ExpertForm = ExpertForm.PLAIN) -> None:
-    """Pack each matrix that an nn.Linear shares with an embedding, and with nothing else.
+def pack_tied(model: nn.Module, notes: FitNotes, form: ExpertForm = ExpertForm.PLAIN) -> int:
+    """Pack each matrix that an nn.Linear shares with an embedding, and with nothing else. With INT8 it is rounded to 8
+    bits. Call it where the native library is there.
 
-    With INT8 it is rounded to 8 bits; plain embeddings are left to `pack_linears` then.
+    Returns the bytes of the packed matrices for which the model has no parameter any more.
     """
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(module)
+    total = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is not nn.Linear or not can_pack(child.weight.data):
                 continue
             others = [module for module in users[id(child.weight)] if module is not child]
-            if form is ExpertForm.INT8 and [type(module) for module in others] == [nn.Embedding]:
-                continue
             if len(others) != 1 or not isinstance(others[0], nn.Embedding) or others[0].max_norm is not None:
                 continue
-            weight = child.weight.detach()
-            packed = pack8(lib, *quantize(weight)) if form is ExpertForm.INT8 else pack(lib, weight)
+            packed = pack(child.weight.detach(), form)
+            assert isinstance(packed, Packed)
             setattr(parent, name, PackedLinear(packed, child.bias))
-            shape = _PackedEmbedding(weight.new_zeros(1).expand(weight.shape), requires_grad=False)
-            shape.packed = packed
-            others[0].weight = shape
-            notes.add(Part.LINEARS, type(child).__name__, CodePath.NATIVE)
+            notes.add(Part.LINEARS, label(type(child).__name__, packed), CodePath.NATIVE)
+            total += _embed(model, others[0], packed)
+    return total
+
+
+def _embed(model: nn.Module, embedding: nn.Embedding, packed: Packed) -> int:
+    """Have an embedding read a packed matrix. Returns the bytes of the matrix if no parameter stands for them."""
+    if packed.form is ExpertForm.INT8 and type(embedding) is nn.Embedding:
+        replace_module(model, embedding, NarrowEmbedding(packed))
+        return packed.nbytes
+    weight = embedding.weight.detach()
+    shape = _PackedEmbedding(weight.new_zeros(1).expand(weight.shape), requires_grad=False)
+    shape.packed = packed
+    embedding.weight = shape
+    return 0
 
 
 def rows_of(packed: Packed, rows: Tensor) -> Tensor:

@@ -33,6 +33,13 @@ GUROBI_TOO_LARGE = 10010
 
 _FEASIBILITY = 1e-5
 
+_PACKAGES = {"highs": "highspy", "gurobi": "gurobipy"}
+_LACKING = {
+    "highs": "is not installed: pip install highspy",
+    "cbc": "was found neither on PATH nor in pulp: pip install 'elastic-moe[cbc]'",
+    "gurobi": "is not installed: pip install 'elastic-moe[gurobi]'",
+}
+
 
 class SolverError(EmoeError):
     """A solver is missing, refused the model, or broke. The message says in one line what to do."""
@@ -143,13 +150,8 @@ def _gurobi_complaint(model: pyo.ConcreteModel, error: Any) -> str:
 
 def missing(solver: str) -> str | None:
     """What to do about a solver that this machine does not have, in one line; None where it is there."""
-    if solver == "cbc":
-        lacks, why = cbc_binary() is None, "was found neither on PATH nor in pulp: pip install 'elastic-moe[cbc]'"
-    elif solver == "gurobi":
-        lacks, why = util.find_spec("gurobipy") is None, "is not installed: pip install 'elastic-moe[gurobi]'"
-    else:
-        lacks, why = util.find_spec("highspy") is None, "is not installed: pip install highspy"
-    return f"the solver {solver} {why}" if lacks else None
+    there = cbc_binary() is not None if solver == "cbc" else util.find_spec(_PACKAGES[solver]) is not None
+    return None if there else f"the solver {solver} {_LACKING[solver]}"
 
 
 def _expect_installed(solver: str) -> None:
@@ -178,11 +180,13 @@ def _pulp_pattern() -> str:
 
 
 def _cbc(model: pyo.ConcreteModel, time_limit_s: float, gap: float) -> Solution:
-    _expect_installed("cbc")
+    path = cbc_binary()
+    if path is None:
+        raise SolverError(f"the solver cbc {_LACKING['cbc']}")
     import pyomo.environ as pyo
     from pyomo.common.errors import ApplicationError
 
-    runner = pyo.SolverFactory("cbc", executable=cbc_binary())
+    runner = pyo.SolverFactory("cbc", executable=path)
     runner.options["seconds"] = time_limit_s
     runner.options["ratioGap"] = gap
     with _quiet("pyomo.core", "pyomo.opt"):

@@ -102,11 +102,9 @@ def cache_sizes(seen: WorkerSteps, share: float) -> list[list[int]]:
     return [[max(1, round(share * len(held))) for held, _ in workers] for workers in seen.layers]
 
 
-def cache_row(seen: WorkerSteps, name: str, policy: str, share: float, times: CacheTimes) -> CacheRow:
-    """Run `policy` (one of CURVES) in caches that hold `share` of what each worker serves in a layer, in whole experts:
-    the row has the share that they really hold."""
+def cache_row(seen: WorkerSteps, name: str, policy: str, slots: Sequence[Sequence[int]], times: CacheTimes) -> CacheRow:
+    """Run `policy` (one of CURVES) in caches of `slots` [L][W] experts."""
     runs: list[list[CacheCounts]] = []
-    slots = cache_sizes(seen, share)
     for layer, (workers, sizes) in enumerate(zip(seen.layers, slots, strict=True)):
         runs.append([_run(policy, seen, layer, steps, size) for size, (_, steps) in zip(sizes, workers, strict=True)])
     served = sum(len(held) for workers in seen.layers for held, _ in workers)

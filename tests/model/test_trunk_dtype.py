@@ -36,8 +36,7 @@ def test_linear_layers_and_embeddings_are_in_8_bits(lib: ctypes.CDLL, tmp_path: 
     assert not [m for m in trunk.modules() if isinstance(m, nn.Linear | nn.Embedding)]
     rows = loaded.report.of(Part.LINEARS)
     assert [(row.modules, row.count, row.reason) for row in rows] == [("Linear in int8", 2 * 4 + 1, None)]
-    if not tied:  # in 16 bits a tied head is not native
-        assert loaded.report.paths() == before.report.paths()
+    assert loaded.report.paths() == before.report.paths()
     expected = narrow.info.served_in("bfloat16", trunk=ExpertForm.INT8).trunk_bytes
     assert before.weight_bytes - loaded.weight_bytes == narrow.info.trunk_bytes - expected
     assert expected < 0.53 * narrow.info.trunk_bytes

@@ -141,12 +141,7 @@ int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int thr
     emoe_attention(q, k, v, strides, b.heads, b.key_heads, b.key_size, b.value_size, step.keys, step.values, step.block_size,
                    step.sequences, step.num_sequences, step.tables, b.scale, step.window, 0.f, b.sinks, attended, threads);
     if (const int status = multiply(products_of(b, kAfter), kAfter, attended, tokens, step.sum, exchange, threads)) return status;
-#pragma omp parallel for num_threads(threads) if (shared)
-    for (int64_t t = 0; t < tokens; ++t) {
-        bf16* row = step.sum + t * b.hidden;
-        add_row(step.x + t * b.hidden, b.hidden, row);
-        b.after(row, b.hidden, step.normed + t * b.hidden);
-    }
+    add_and_normalise(step.x, tokens, b.hidden, b.after, step.sum, step.normed, threads);
     return kDone;
 }
 

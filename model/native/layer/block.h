@@ -20,6 +20,17 @@ struct Norm {
     }
 };
 
+// Adds x [tokens, hidden] to `sum`, and normalises the sums.
+inline void add_and_normalise(const bf16* x, int64_t tokens, int64_t hidden, const Norm& norm, bf16* sum, bf16* normed,
+                              int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens >= 16)
+    for (int64_t t = 0; t < tokens; ++t) {
+        bf16* row = sum + t * hidden;
+        add_row(x + t * hidden, hidden, row);
+        norm(row, hidden, normed + t * hidden);
+    }
+}
+
 struct Block {
     int64_t hidden, heads, key_heads, key_size, value_size;
     Norm before, query_norm, key_norm, after;

@@ -22,10 +22,6 @@ struct LatentBlock {
     int32_t pairs; // whether neighbours are rotated against each other, and not halves
 };
 
-void project(const bf16* x, int64_t tokens, int64_t depth, const Matrix& matrix, int64_t columns, bf16* out, int threads) {
-    emoe_linear(x, tokens, depth, depth, matrix.packed, matrix.form, columns, matrix.bias, out, threads);
-}
-
 } // namespace
 
 // Arguments are as in emoe_block. Keys of the cache are latents; cosines and sines are [T, rotated].
@@ -75,12 +71,7 @@ extern "C" void emoe_latent_block(const LatentBlock* block, const bf16* x, int64
     emoe_linear_heads(attended, b.heads, tokens, b.latent, b.heads * b.latent, b.latent, b.value_up, b.value_size, values,
                       b.value_size, b.heads * b.value_size, threads);
     project(values, tokens, b.heads * b.value_size, b.out, b.hidden, sum, threads);
-#pragma omp parallel for num_threads(threads) if (shared)
-    for (int64_t t = 0; t < tokens; ++t) {
-        bf16* row = sum + t * b.hidden;
-        add_row(x + t * b.hidden, b.hidden, row);
-        b.after(row, b.hidden, normed + t * b.hidden);
-    }
+    add_and_normalise(x, tokens, b.hidden, b.after, sum, normed, threads);
 }
 
 // Writes the bytes of the structures that model/native/structs.py mirrors, in its order.

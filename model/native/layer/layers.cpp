@@ -49,15 +49,15 @@ void add_shared(const FeedForward& f, const bf16* x, int64_t tokens, bf16* out, 
     const int64_t wide = tokens * f.width;
     if (int64_t(scratch.size()) < 2 * wide + tokens * (f.hidden + 1)) scratch.resize(2 * wide + tokens * (f.hidden + 1));
     bf16 *gate = scratch.data(), *up = gate + wide, *made = up + wide, *share = made + tokens * f.hidden;
-    emoe_linear(x, tokens, f.hidden, f.hidden, f.gate.packed, f.gate.form, f.width, f.gate.bias, gate, threads);
-    emoe_linear(x, tokens, f.hidden, f.hidden, f.up.packed, f.up.form, f.width, f.up.bias, up, threads);
+    project(x, tokens, f.hidden, f.gate, f.width, gate, threads);
+    project(x, tokens, f.hidden, f.up, f.width, up, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tokens >= 16)
     for (int64_t i = 0; i < wide; i += 16) {
         const Lanes lanes = lanes_before(i, wide);
         const Floats value = load(gate + i, lanes);
         store(up + i, mul(rounded(over_logistic(value, value)), load(up + i, lanes)), lanes);
     }
-    emoe_linear(up, tokens, f.width, f.width, f.down.packed, f.down.form, f.hidden, f.down.bias, made, threads);
+    project(up, tokens, f.width, f.down, f.hidden, made, threads);
     if (f.share != nullptr) emoe_linear(x, tokens, f.hidden, f.hidden, f.share, kBits16, 1, nullptr, share, threads);
     for (int64_t t = 0; t < tokens; ++t) {
         const Floats factor = f.share == nullptr ? all(1.f) : rounded(over_logistic(all(1.f), all(to_float(share[t]))));

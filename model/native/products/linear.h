@@ -24,4 +24,10 @@ struct Product {
 void linear_share(const bf16* x, int64_t rows, int64_t stride, int64_t depth, const Product* products, int64_t count,
                   int index, int shares, int threads);
 
+// Computes one linear layer of dense rows: out [rows, columns].
+inline void project(const bf16* x, int64_t rows, int64_t depth, const Matrix& matrix, int64_t columns, bf16* out, int threads) {
+    const Product product{matrix, columns, out};
+    linear_share(x, rows, depth, depth, &product, 1, 0, 1, threads);
+}
+
 } // namespace emoe

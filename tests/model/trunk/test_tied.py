@@ -40,7 +40,7 @@ def test_both_compute_what_they_did(lib: ctypes.CDLL, embedding: type[nn.Embeddi
     looked_up, product = model.embed(ids), model.head(x)
     plain = model.embed.weight.clone()
     notes = FitNotes()
-    pack_tied(lib, model, notes)
+    pack_tied(model, notes)
     [row] = notes.rows()
     assert row.path is CodePath.NATIVE
     assert torch.equal(model.embed(ids), looked_up)
@@ -51,17 +51,20 @@ def test_both_compute_what_they_did(lib: ctypes.CDLL, embedding: type[nn.Embeddi
     assert model.embed.weight.dtype == torch.bfloat16
 
 
-def test_in_8_bits_both_have_the_rounded_matrix(lib: ctypes.CDLL) -> None:
-    """Plain embeddings are rounded by `pack_linears`."""
-    model, plain = Model(Scaled, 150).requires_grad_(False), Model(nn.Embedding, 150)
-    x, weight = torch.randn(3, 32).bfloat16(), model.embed.weight.clone()
-    pack_tied(lib, model, FitNotes(), ExpertForm.INT8)
-    values, scales = quantize(weight)
-    rounded = (values.float() * scales).bfloat16()
-    torch.testing.assert_close(model.embed(torch.arange(150)), rounded * 3, rtol=2**-7, atol=2**-9)
-    torch.testing.assert_close(model.head(x), F.linear(x, rounded), rtol=0.02, atol=0.02)
-    pack_tied(lib, plain, FitNotes(), ExpertForm.INT8)
-    assert type(plain.head) is nn.Linear
+@pytest.mark.parametrize(("embedding", "factor"), [(nn.Embedding, 1), (Scaled, 3)])
+def test_in_8_bits_both_have_the_rounded_matrix(lib: ctypes.CDLL, embedding: type[nn.Embedding], factor: int) -> None:
+    torch.manual_seed(0)
+    model, x = Model(embedding, 150).requires_grad_(False), torch.randn(3, 32).bfloat16()
+    values, scales = quantize(model.embed.weight)
+    rounded = values.float() * scales
+    notes = FitNotes()
+    left_bytes = pack_tied(model, notes, ExpertForm.INT8)
+    # a subclass keeps a parameter of the matrix's size, since it computes with it
+    assert left_bytes == (model.head.packed.nbytes if embedding is nn.Embedding else 0)
+    [row] = notes.rows()
+    assert (row.modules, row.path) == ("Linear in int8", CodePath.NATIVE)
+    torch.testing.assert_close(model.embed(torch.arange(150)), (rounded * factor).bfloat16(), rtol=2**-7, atol=2**-9)
+    torch.testing.assert_close(model.head(x), (x.float() @ rounded.T).bfloat16(), rtol=2**-7, atol=2**-9)
 
 
 def test_what_others_use_too_stays(lib: ctypes.CDLL) -> None:
@@ -71,5 +74,5 @@ def test_what_others_use_too_stays(lib: ctypes.CDLL) -> None:
     apart = Model(nn.Embedding, 64)
     apart.head.weight = nn.Parameter(torch.zeros(64, 32).bfloat16())
     for model in (third, normed, apart):
-        pack_tied(lib, model, FitNotes())
+        pack_tied(model, FitNotes())
         assert not any(isinstance(module, PackedLinear) for module in model.modules())
