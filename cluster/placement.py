@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NewType
+from typing import Any, NamedTuple, NewType
 
 import numpy as np
 import numpy.typing as npt
@@ -58,8 +58,8 @@ class Worker:
     slots: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
+# a tuple: a change of large clusters makes and saves thousands at once
+class Move(NamedTuple):
     """Copy logical `expert` of `layer` to `target`; `source` already holds it."""
 
     layer: int
@@ -82,6 +82,10 @@ class Placement:
     """[L, S] logical expert of each slot, or EMPTY."""
     tiers: TierArray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int8))
     """[L, S] tier of each slot's expert, a value of Tier. An EMPTY slot is DEVICE, and so are all if none is given."""
+    first_slot: tuple[int, ...] = field(init=False)
+    """[W] the number of each worker's first slot."""
+    _ranks: dict[WorkerId, int] = field(init=False, repr=False)
+    """Index into `workers`."""
 
     def __post_init__(self) -> None:
         table = np.array(self.physical_to_logical_map, dtype=np.int32)
@@ -92,6 +96,10 @@ class Placement:
         for name, array in (("physical_to_logical_map", table), ("tiers", tiers)):
             array.flags.writeable = False
             object.__setattr__(self, name, array)
+        # decisions about large clusters ask for them for every worker
+        firsts = accumulate((worker.slots for worker in self.workers), initial=0)
+        object.__setattr__(self, "first_slot", tuple(firsts)[:-1])
+        object.__setattr__(self, "_ranks", {worker.id: rank for rank, worker in enumerate(self.workers)})
         self._verify()
 
     @property
@@ -107,17 +115,12 @@ class Placement:
         """[S] index into `workers` of each slot's owner."""
         return np.repeat(np.arange(len(self.workers), dtype=np.int32), [worker.slots for worker in self.workers])
 
-    @property
-    def first_slot(self) -> tuple[int, ...]:
-        """[W] the number of each worker's first slot."""
-        return tuple(accumulate((worker.slots for worker in self.workers[:-1]), initial=0)) if self.workers else ()
-
     def rank_of(self, worker: WorkerId) -> int:
         """Index of `worker` in `workers`. Raises PlacementError if it is not there."""
-        for rank, member in enumerate(self.workers):
-            if member.id == worker:
-                return rank
-        raise PlacementError(f"worker {worker!r} is not a member of this placement")
+        rank = self._ranks.get(worker)
+        if rank is None:
+            raise PlacementError(f"worker {worker!r} is not a member of this placement")
+        return rank
 
     def experts_of(self, worker: WorkerId, layer: int) -> tuple[int, ...]:
         """[slots] logical experts (or EMPTY) in the slots of `worker`, in slot order."""
@@ -255,13 +258,15 @@ class Placement:
         placed = np.zeros((self.num_layers, self.num_logical_experts + 1), dtype=np.bool_)
         # what is EMPTY counts in the last column, beside the experts
         placed[np.arange(self.num_layers)[:, None], table] = True
-        for layer, expert in np.argwhere(~placed[:, : self.num_logical_experts])[:1].tolist():
+        for at in np.flatnonzero(~placed[:, : self.num_logical_experts])[:1].tolist():
+            layer, expert = divmod(at, self.num_logical_experts)
             raise PlacementError(f"placement: layer {layer} has no slot for expert {expert}")
         held = self.slot_to_worker.astype(np.int64) * self.num_logical_experts + table
         held[table == EMPTY] = EMPTY
         held.sort(axis=1)
         twice = (held[:, 1:] == held[:, :-1]) & (held[:, 1:] != EMPTY)
-        for layer, at in np.argwhere(twice)[:1].tolist():
+        for first in np.flatnonzero(twice)[:1].tolist():
+            layer, at = divmod(first, twice.shape[1])
             worker = self.workers[int(held[layer, at]) // self.num_logical_experts]
             raise PlacementError(f"placement: worker {worker.id} holds an expert of layer {layer} twice")
 

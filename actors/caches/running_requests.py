@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.actors.caches.kv_blocks import blocks_for, next_key, root_key
@@ -61,6 +63,7 @@ class RunningRequest:
         "resumptions",
         "row",
         "scored",
+        "seed",
         "stop_token_ids",
         "tail",
         "turn",
@@ -74,8 +77,10 @@ class RunningRequest:
         params = request.params
         self.request_id: RequestId = request.request_id
         self.params = params
+        """Apart from the seed."""
+        self.seed = params.seed
         self.arrival = arrival
-        self.client = request.client
+        self.client = sys.intern(request.client)
         self.call = hash(request.request_id.rpartition("-")[0])
         """Stands for the API call that this request answers. One call may ask for several answers."""
         self.rank = 0
@@ -248,7 +253,7 @@ class RunningRequest:
             request_id=self.request_id,
             token_ids=tuple(self.tokens),
             num_prompt_tokens=self.num_prompt_tokens,
-            params=self.params,
+            params=replace(self.params, seed=self.seed),
             eos_token_ids=self.eos_token_ids,
             seat=self.row - self.cache.base,
         )

@@ -27,6 +27,7 @@ from elastic_moe.actors.coordinator.views import (
 )
 from elastic_moe.actors.departure import Departure
 from elastic_moe.actors.engine.engine import Engine
+from elastic_moe.actors.garbage import keep_collections_short
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.background import Background
@@ -388,8 +389,13 @@ class Coordinator:
     def _begin(self, state: ControlState, spec: ModelSpec, processes: Processes) -> ControlLoop:
         self._loop = ControlLoop(state, spec, processes, self._config, self._fleet, self._saver, self._background.start)
         self._background.start(self.watch.watch())
+        self._background.start(keep_collections_short(self._num_under_way))
         self._opened.set()
         return self._loop
+
+    def _num_under_way(self) -> int:
+        loop = self._require_loop()
+        return loop.poller.status.num_requests + (not loop.state.facts.idle)
 
     def _has_failed(self, error: BaseException) -> None:
         # a defect of ours: the state will wait for this answer for ever, which /ready has to say

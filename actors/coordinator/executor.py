@@ -20,6 +20,7 @@ from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, within
+from elastic_moe.actors.remote.turns import Turns
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import StepAborted, UserError
@@ -68,6 +69,7 @@ class Executor:
         self._processes = processes
         self._roll_call = roll_call
         self._transferring = Transferring(processes)
+        self._turns = Turns()
         self._abandoning = Background(_has_failed)
         self._notifying = Background(_has_failed)
 
@@ -79,6 +81,7 @@ class Executor:
 
     async def start_worker(self, command: StartWorker) -> list[Event]:
         worker = command.worker
+        await self._turns.take()
         actor, was_standby = self._processes.start_worker(worker, command.node)
         if was_standby and (lost := await self._roll_call.find_silent([worker])):
             return [*lost]
@@ -153,9 +156,10 @@ class Executor:
             workers = self._processes.workers_of(spec)
             if command.forms_group:
                 spec = await self._open_rendezvous(spec)
-            calls: dict[str, Awaitable[Any]] = {
-                worker: ask(actor, WorkerActor.prepare, spec) for worker, actor in workers.items()
-            }
+            calls: dict[str, Awaitable[Any]] = {}
+            for worker, actor in workers.items():
+                await self._turns.take()
+                calls[worker] = ask(actor, WorkerActor.prepare, spec)
             if command.forms_group:
                 calls["engine"] = self._reach(command)
             errors = await call_until_error(calls, self._config.step_timeout)
@@ -185,13 +189,17 @@ class Executor:
             first = next(iter(workers.values()))
             return replace(spec, rendezvous=await within(ask(first, WorkerActor.rendezvous), liveness.DOOR_S))
         if spec.transport in (TransportKind.TCP, TransportKind.IPC):
-            calls = [within(ask(worker, WorkerActor.open_door), liveness.DOOR_S) for worker in workers.values()]
+            calls = [self._open_door(worker) for worker in workers.values()]
             answers = await asyncio.gather(*calls, return_exceptions=True)
             for answer in answers:
                 if isinstance(answer, BaseException):
                     raise answer
             return replace(spec, doors=tuple(answer for answer in answers if isinstance(answer, Endpoint)))
         return spec
+
+    async def _open_door(self, worker: Remote[WorkerActor]) -> Endpoint:
+        await self._turns.take()
+        return await within(ask(worker, WorkerActor.open_door), liveness.DOOR_S)
 
     async def commit(self, command: Commit) -> list[Event]:
         spec, processes = command.spec, self._processes

@@ -19,6 +19,7 @@ from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, is_death, one_line, sign_of_life, within
 from elastic_moe.actors.remote.links import can_connect
+from elastic_moe.actors.remote.turns import Turns
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.errors import WorkerError
 from elastic_moe.cluster.facts.counters import ClusterCounters
@@ -49,6 +50,7 @@ class RollCall:
     def __init__(self, processes: Processes, heartbeat_timeout_s: float) -> None:
         self._processes = processes
         self.timeout_s = heartbeat_timeout_s
+        self._turns = Turns()
 
     async def find_lost(self, workers: Iterable[WorkerId], *, stepping: bool = False) -> list[WorkerLost]:
         """The workers that are dead or hang. stepping: the thread that runs the steps has to answer."""
@@ -66,11 +68,11 @@ class RollCall:
     async def _call(
         self, workers: Iterable[WorkerId], ping: Callable[[Remote[WorkerActor]], Awaitable[None]]
     ) -> list[WorkerLost]:
-        doors = self._processes.doors
-        calls = {
-            worker: unless_refused(ping(actor), doors.get(worker))
-            for worker, actor in self._processes.present(workers).items()
-        }
+        async def call(worker: WorkerId, actor: Remote[WorkerActor]) -> None:
+            await self._turns.take()
+            await unless_refused(ping(actor), self._processes.doors.get(worker))
+
+        calls = {worker: call(worker, actor) for worker, actor in self._processes.present(workers).items()}
         errors = await call_all(calls, self.timeout_s)
         return [WorkerLost(worker=worker, reason=one_line(error)) for worker, error in errors.items()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from elastic_moe.actors import liveness
 from elastic_moe.actors.coordinator.migrator import MigrationReport, Migrator
@@ -74,8 +75,7 @@ class Transferring:
         done: list[ExpertKey] = []
         errors: list[str] = []
 
-        async def read_all(worker: WorkerId) -> None:
-            keys = [key for key in command.reads if key[0] == worker]
+        async def read_all(worker: WorkerId, keys: Sequence[ExpertKey]) -> None:
             for begin in range(0, len(keys), READ_AT_ONCE):
                 if errors or self._epoch != command.epoch:
                     return
@@ -90,7 +90,10 @@ class Transferring:
                 else:
                     done.extend(part)
 
-        await asyncio.gather(*(read_all(worker) for worker in {key[0] for key in command.reads}))
+        wanted: dict[WorkerId, list[ExpertKey]] = {}
+        for key in command.reads:
+            wanted.setdefault(key[0], []).append(key)
+        await asyncio.gather(*(read_all(worker, keys) for worker, keys in wanted.items()))
         return done, errors[0] if errors else None
 
 

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from elastic_moe.actors import liveness, names
 from elastic_moe.actors.engine.clients import Clients
-from elastic_moe.actors.engine.garbage import keep_collections_short
 from elastic_moe.actors.engine.step_loop import StepLoop
+from elastic_moe.actors.garbage import keep_collections_short
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.addresses import node_address

@@ -105,20 +105,26 @@ class Saver:
             self._store.drop_part(old)
 
 
+def _referred(name: str, number: int) -> Any:
+    """Stands in the written value for an object of a part. `_Unpickler` has its own in its place."""
+    raise AssertionError(f"object {number} of part {name} was not looked up")
+
+
 class _Pickler(pickle.Pickler):
-    """Writes arrays of bools as bits."""
+    """Writes references to objects of parts, and arrays of bools as bits.
+
+    Both by `reducer_override`: a `persistent_id` would be asked for every number and string, too.
+    """
 
     def __init__(self, file: io.BytesIO, refer: Callable[[Any], Reference | None]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._refer = refer
 
-    def persistent_id(self, value: Any) -> Reference | None:
-        return self._refer(value)
-
     def reducer_override(self, value: Any) -> Any:
         if type(value) is np.ndarray and value.dtype == np.bool_:
             return _from_bits, (np.packbits(value).tobytes(), value.shape)
-        return NotImplemented
+        reference = self._refer(value)
+        return NotImplemented if reference is None else (_referred, reference)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -126,8 +132,10 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._find = find
 
-    def persistent_load(self, reference: Any) -> Any:
-        return self._find(reference)
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (_referred.__module__, _referred.__name__):
+            return lambda part, number: self._find((part, number))
+        return super().find_class(module, name)
 
 
 def _from_bits(bits: bytes, shape: tuple[int, ...]) -> np.ndarray:

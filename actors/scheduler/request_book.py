@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from elastic_moe.actors.caches.rows import StopTokens
 from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId
+from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
+
+MOST_PARAMS = 1024
+"""Sampling parameters that are kept to be shared."""
 
 
 class RequestBook:
@@ -28,6 +32,7 @@ class RequestBook:
         self._rope_limits = tuple(rope_limits)
         self._rope_growth_limit = rope_growth_limit
         self._arrivals = 0
+        self._params: dict[SamplingParams, SamplingParams] = {}
         self.requests: dict[RequestId, RunningRequest] = {}
         """Those that wait and those that run."""
         self.waiting = FairQueue()
@@ -38,13 +43,22 @@ class RequestBook:
     def read(self, request: GenerateRequest) -> RunningRequest:
         """A request that may be entered. Raises RequestError, naming the field, where it can never be served."""
         self._check(request)
-        return RunningRequest(
+        running = RunningRequest(
             request,
             arrival=self._arrivals,
             max_model_len=self._max_model_len,
             eos=self._ends(request.eos_token_ids),
             variant=self._variant(len(request.prompt_token_ids)),
         )
+        running.params = self._shared(request.params)
+        return running
+
+    def _shared(self, params: SamplingParams) -> SamplingParams:
+        """These parameters without the seed, in one object for all requests that have the same."""
+        unseeded = replace(params, seed=0)
+        if len(self._params) >= MOST_PARAMS:
+            self._params.clear()
+        return self._params.setdefault(unseeded, unseeded)
 
     def _ends(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
         """The model's end-of-sequence tokens with those of a request: mostly the same ones, in one tuple for all."""

@@ -71,22 +71,36 @@ def shares(facts: Facts, missing: int) -> list[BoolArray]:
     held = np.zeros(facts.load.shape, dtype=np.bool_)
     for record in facts.alive:
         held |= record.has if record.loaded else record.assigned
+    num_layers, num_experts = facts.model.num_layers, facts.model.num_logical_experts
     team = len(facts.staying) + missing
     most = _most_loaded(facts, team)
-    found = [np.zeros_like(held) for _ in range(missing)]
-    for layer in range(facts.model.num_layers):
-        experts = np.lexsort((-facts.load[layer], held[layer]))
-        lost = experts[: int((~held[layer]).sum())]
+    found = np.zeros((missing, num_layers, num_experts), dtype=np.bool_)
+    num_lost = (~held).sum(axis=1, keepdims=True)
+    # all layers at once: the coordinator's loop waits for it. Each expert's place among the lost ones, or among the
+    # others: by number, and by load, the heaviest first
+    number = (~held).cumsum(axis=1) - 1
+    place = np.lexsort((-facts.load, held)).argsort(axis=1)
+    whole, more = num_lost // missing, num_lost % missing
+    in_longer = number < more * (whole + 1)
+    beyond = number - more * (whole + 1)
+    part = np.where(in_longer, number // (whole + 1), more + beyond // np.maximum(whole, 1))
+    order = np.where(in_longer, number % (whole + 1), beyond % np.maximum(whole, 1))
+    if most is not None:
         # the heaviest of them, dealt out, where they do not all fit
-        all_fit = most is None or -(-len(lost) // missing) <= most
-        parts = np.array_split(np.sort(lost), missing) if all_fit else [lost[n::missing] for n in range(missing)]
-        for part, share in enumerate(found):
-            share[layer, parts[part][:most]] = True
-            # heavy and light ones, as many as an even share has
-            even = facts.model.num_logical_experts // team
-            room = (even if most is None else min(even, most)) - int(share[layer].sum())
-            share[layer, experts[len(lost) :][part::team][: max(0, room)]] = True
-    return found
+        all_fit = -(-num_lost // missing) <= most
+        part = np.where(all_fit, part, place % missing)
+        order = np.where(all_fit, order, place // missing)
+    layers, experts = np.divmod(np.flatnonzero(~held & (order < (num_experts if most is None else most))), num_experts)
+    found[part[layers, experts], layers, experts] = True
+    # heavy and light ones, as many as an even share has
+    even = num_experts // team
+    room = (even if most is None else min(even, most)) - found.sum(axis=2)
+    part, order = (place - num_lost) % team, (place - num_lost) // team
+    layers, experts = np.divmod(np.flatnonzero(held & (part < missing)), num_experts)
+    part, order = part[layers, experts], order[layers, experts]
+    given = order < room[part, layers]
+    found[part[given], layers[given], experts[given]] = True
+    return list(found)
 
 
 def _most_loaded(facts: Facts, team: int) -> int | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -276,7 +277,7 @@ def serves(placement: Placement, worker: WorkerId) -> BoolArray:
 def _mask_of_slots(placement: Placement, worker: WorkerId, tier: Tier | None) -> BoolArray:
     """[L, E] the experts in the slots of `worker`, in this tier or in any."""
     rank = placement.rank_of(worker)
-    begin = sum(member.slots for member in placement.workers[:rank])
+    begin = placement.first_slot[rank]
     mine = slice(begin, begin + placement.workers[rank].slots)
     table = placement.physical_to_logical_map[:, mine]
     chosen = table != EMPTY
@@ -298,4 +299,7 @@ def mask_of(experts: Sequence[Sequence[int]], shape: tuple[int, ...]) -> BoolArr
 
 def expert_lists(wanted: BoolArray) -> tuple[tuple[int, ...], ...]:
     """[L, E] mask to [L] lists of experts."""
-    return tuple(tuple(int(e) for e in np.nonzero(row)[0]) for row in wanted)
+    layers, experts = np.divmod(np.flatnonzero(wanted), max(1, wanted.shape[1]))
+    ends = np.searchsorted(layers, np.arange(len(wanted)), side="right").tolist()
+    numbers = experts.tolist()
+    return tuple(tuple(numbers[begin:end]) for begin, end in pairwise([0, *ends]))

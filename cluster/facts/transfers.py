@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,14 @@ class Transfers:
     def __bool__(self) -> bool:
         return bool(self.copies or self.reads)
 
+    def __reduce__(self) -> Any:
+        # thousands of moves are written in a fifth of the time as columns
+        return _of_columns, (tuple(zip(*self.copies, strict=True)), self.reads)
+
+
+def _of_columns(copies: tuple[Sequence[Any], ...], reads: tuple[ExpertKey, ...]) -> Transfers:
+    return Transfers(copies=tuple(map(Move, *copies)) if copies else (), reads=reads)
+
 
 def plan_transfers(
     placement: Placement,
@@ -34,19 +44,34 @@ def plan_transfers(
     has: [L, E] experts that each member of `placement` holds or has staged.
     sources: [L, E] experts that each living worker can export; it may be a worker that leaves.
     read_all: read every expert from the checkpoint, because copies have failed.
-    An expert is copied from the holder with the fewest copies so far, so that no worker becomes the bottleneck.
+    An expert is copied from the holder with the fewest copies so far, so that no worker becomes the bottleneck. Of a
+    worker's, those with a single holder count first.
     """
     copies: list[Move] = []
     reads: list[ExpertKey] = []
-    given = dict.fromkeys(sources, 0)
+    names = np.array([*sources], dtype=np.object_)
+    held = np.stack([*sources.values()]) if sources else np.zeros((0, placement.num_layers, 0), dtype=np.bool_)
+    given = [0] * len(names)
     for worker in placement.workers:
-        missing = needs(placement, worker.id) & ~has[worker.id]
-        for layer, expert in zip(*(axis.tolist() for axis in np.nonzero(missing)), strict=True):
-            holders = [source for source, held in sources.items() if held[layer, expert] and source != worker.id]
-            if not holders or read_all:
-                reads.append((worker.id, layer, expert))
-                continue
-            source = min(holders, key=lambda holder: given[holder])
-            given[source] += 1
-            copies.append(Move(layer=layer, expert=expert, source=source, target=worker.id))
+        # all of a worker's at once: the coordinator's loop waits for it
+        missing = np.flatnonzero(needs(placement, worker.id) & ~has[worker.id])
+        if not len(missing):
+            continue
+        layers, experts = np.divmod(missing, placement.num_logical_experts)
+        number, source = np.nonzero((held[:, layers, experts] & (names != worker.id)[:, None]).T)
+        if read_all:
+            number = source = number[:0]
+        holders = np.bincount(number, minlength=len(layers))
+        first = np.searchsorted(number, np.arange(len(layers)))
+        chosen = source[np.minimum(first, len(source) - 1)] if len(source) else np.zeros_like(layers)
+        for holder, count in enumerate(np.bincount(chosen[holders == 1], minlength=len(names)).tolist()):
+            given[holder] += count
+        for at in np.flatnonzero(holders > 1).tolist():
+            best = min(source[first[at] : first[at] + holders[at]].tolist(), key=given.__getitem__)
+            given[best] += 1
+            chosen[at] = best
+        copied, read = np.flatnonzero(holders), np.flatnonzero(holders == 0)
+        keys = (layers[copied].tolist(), experts[copied].tolist(), names[chosen[copied]].tolist())
+        copies += map(Move, *keys, repeat(worker.id))
+        reads += zip(repeat(worker.id), layers[read].tolist(), experts[read].tolist())
     return Transfers(copies=tuple(copies), reads=tuple(reads))

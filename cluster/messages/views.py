@@ -38,6 +38,11 @@ class EngineStatus:
     first_tokens_s: float = 0.0
     epoch: int = 0
 
+    @property
+    def num_requests(self) -> int:
+        """Those that run and those that wait."""
+        return sum(self.running.values()) + self.waiting
+
 
 class OperationKind(StrEnum):
     START = "start"

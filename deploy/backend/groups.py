@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from ray.exceptions import RayError
 
 from elastic_moe.actors.coordinator.coordinator import Coordinator
+from elastic_moe.actors.garbage import keep_collections_short
 from elastic_moe.actors.liveness import CALL_TIMEOUT_S
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.background import Background
@@ -54,6 +55,7 @@ class Groups:
         for group in self._groups:
             group.begin()
         self._watch.start(LoopWatch("an API replica").watch())
+        self._watch.start(keep_collections_short(lambda: sum(len(group.engine) for group in self._groups)))
         self._router.begin()
         if self._directory is not None:
             self._watch.start(self._follow(self._directory))

@@ -33,6 +33,7 @@ def test_a_plot_of_some_sizes_alone(tmp_path: Path) -> None:
         cpu_s=0.001,
         admit_s=1e-4,
         bytes_each=1,
+        bytes_token=1,
         longest_s=0,
     )
     report.plot(tmp_path / "scale.svg", [cost], [])

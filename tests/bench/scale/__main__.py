@@ -22,10 +22,9 @@ ENGINE = (
 )
 CONTROL = (2, 8, 32, 64, 128, 256)
 API = (1, 2, 4)
-API_STREAMS, API_INTERVAL_S = 64, 0.02
 QUICK_ENGINE = ((1, 64), (8, 512), (64, 4096))
 QUICK_CONTROL = (2, 8)
-PASSED_ON = ("seconds", "processes", "step-ms", "token-us")
+PASSED_ON = ("seconds", "processes", "step-ms", "token-us", "streams", "token-ms")
 
 
 def in_process(options: argparse.Namespace, kind: str, *sizes: int) -> dict[str, Any]:
@@ -57,7 +56,8 @@ def one(arguments: list[str], options: argparse.Namespace) -> None:
     elif kind == "api":
         from tests.bench.scale import api
 
-        cost = api.measure(int(numbers[0]), API_STREAMS, seconds=options.seconds, interval_s=API_INTERVAL_S)
+        interval_s = 1e-3 * options.token_ms
+        cost = api.measure(int(numbers[0]), options.streams, seconds=options.seconds, interval_s=interval_s)
     else:
         from tests.bench.scale import control
 
@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="processes of simulated workers")
     parser.add_argument("--step-ms", type=float, default=20.0, help="a device's time for a step of up to 256 tokens")
     parser.add_argument("--token-us", type=float, default=20.0, help="a device's time for each further token")
+    parser.add_argument("--streams", type=int, default=64, help="streams of each API replica")
+    parser.add_argument("--token-ms", type=float, default=20.0, help="time in which each stream gets a token")
     parser.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:

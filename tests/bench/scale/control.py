@@ -39,6 +39,8 @@ class ControlCost:
     """Share of a core that polling takes, the fake workers included."""
     held_s: float
     """The longest time for which the event loop was held while it polled."""
+    changing_held_s: float
+    """The longest time for which it was held while workers were added, and when one died."""
     scale_s: float
     """Seconds in which half as many workers became all."""
     flip_s: float
@@ -129,25 +131,28 @@ async def _measure(workers: int) -> ControlCost:
 
         await _until(serves)
         start_s = time.perf_counter() - begin
+        watch = coordinator.watch
+        watch.longest_s = 0.0
         begin = time.perf_counter()
         operation = await coordinator.scale(workers=workers) if workers > 1 else None
         if operation is not None:
             await _until(lambda: _ended(coordinator, operation.operation_id))
         scale_s = time.perf_counter() - begin
         flip_s = fleet.engines[-1].target.flip_s
-        watch = coordinator.watch
-        watch.longest_s = 0.0
+        changing_held_s, watch.longest_s = watch.longest_s, 0.0
         cpu, begin = time.process_time(), time.perf_counter()
         await asyncio.sleep(POLLS_S)
         poll_share = (time.process_time() - cpu) / (time.perf_counter() - begin)
-        held_s = watch.longest_s
+        held_s, watch.longest_s = watch.longest_s, 0.0
         death_s = await _kill_one(coordinator, fleet) if workers > 1 else 0.0
+        changing_held_s = max(changing_held_s, watch.longest_s)
         await coordinator.shutdown()
     return ControlCost(
         workers=workers,
         start_s=start_s,
         poll_share=poll_share,
         held_s=held_s,
+        changing_held_s=changing_held_s,
         scale_s=scale_s,
         flip_s=flip_s,
         death_s=death_s,

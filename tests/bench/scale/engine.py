@@ -12,8 +12,8 @@ import psutil
 import uvloop
 
 from elastic_moe.actors.engine.clients import Clients
-from elastic_moe.actors.engine.garbage import keep_collections_short
 from elastic_moe.actors.engine.step_loop import StepLoop
+from elastic_moe.actors.garbage import keep_collections_short
 from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.scheduler.scheduler import Scheduler
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, TransportKind, WorkerInfo
@@ -44,7 +44,9 @@ class EngineCost:
     admit_s: float
     """Seconds that the engine's process computed for each request until it decoded."""
     bytes_each: float
-    """Growth of the engine's memory for each sequence."""
+    """Growth of the engine's memory for each sequence until all decode, prompts included."""
+    bytes_token: float
+    """Growth of the engine's memory for each token after that."""
     longest_s: float
     """The longest time for which the engine's event loop was held while sequences decoded."""
 
@@ -131,6 +133,7 @@ async def _measure(
             while engine.decoding < sequences:
                 await asyncio.sleep(0.1)
         admit_s = (time.process_time() - cpu) / sequences
+        filled, begun = process.memory_info().rss, engine.scheduler.status().steps
         watch = LoopWatch("the bench")
         watching = asyncio.create_task(watch.watch())
         await asyncio.sleep(SETTLED_S)
@@ -139,7 +142,7 @@ async def _measure(
         await asyncio.sleep(seconds)
         done = engine.scheduler.status().steps - steps
         cpu_s, took_s = time.process_time() - cpu, time.perf_counter() - begin
-        grown = process.memory_info().rss - memory
+        grown, tokens = process.memory_info().rss - filled, engine.scheduler.status().steps - begun
         assert engine.scheduler.num_requests == sequences, "a sequence has ended"
         watching.cancel()
         pipe.send(None)
@@ -158,6 +161,7 @@ async def _measure(
         device_s=step_s + token_s * max(0, each - 256),
         cpu_s=cpu_s / done,
         admit_s=admit_s,
-        bytes_each=grown / sequences,
+        bytes_each=(filled - memory) / sequences,
+        bytes_token=grown / sequences / tokens,
         longest_s=watch.longest_s,
     )

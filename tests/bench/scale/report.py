@@ -23,6 +23,7 @@ ENGINE: tuple[Column, ...] = (
     ("us a sequence", lambda row: f"{1e6 * row.cpu_s / row.sequences:.2f}"),
     ("admission us", lambda row: f"{1e6 * row.admit_s:.0f}"),
     ("KB a sequence", lambda row: f"{row.bytes_each / 1e3:.1f}"),
+    ("bytes a token", lambda row: f"{row.bytes_token:.1f}"),
     ("held ms", lambda row: f"{1e3 * row.longest_s:.0f}"),
 )
 CONTROL: tuple[Column, ...] = (
@@ -32,7 +33,8 @@ CONTROL: tuple[Column, ...] = (
     ("flip ms", lambda row: f"{1e3 * row.flip_s:.1f}"),
     ("death to serving s", lambda row: f"{row.death_s:.2f}"),
     ("polling, % of a core", lambda row: f"{100 * row.poll_share:.1f}"),
-    ("held ms", lambda row: f"{1e3 * row.held_s:.0f}"),
+    ("held ms, polling", lambda row: f"{1e3 * row.held_s:.0f}"),
+    ("changing", lambda row: f"{1e3 * row.changing_held_s:.0f}"),
     ("saved KB", lambda row: f"{row.saved_bytes / 1e3:.0f}"),
     ("saves", lambda row: f"{row.saves}"),
     ("KB a save", lambda row: f"{row.written_bytes / 1e3:.0f}"),

@@ -1,14 +1,15 @@
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from elastic_moe.cluster.facts.adaptation import adapt, choose_transport, slots_of
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.facts.transfers import plan_transfers
-from elastic_moe.cluster.placement import Worker, WorkerId
+from elastic_moe.cluster.placement import EMPTY, Worker, WorkerId
 from tests.cluster.simulation import info
 
 NONE = np.zeros((2, 8), dtype=np.int64)
@@ -70,6 +71,61 @@ def test_adapt_keeps_what_it_can(workers: int, redundant: int, seed: int, densit
     again = {worker.id: needs(placement, worker.id) for worker in members}
     assert adapt(members, again, load) == adapt(members, again, NONE)
     assert not plan_transfers(adapt(members, again, load), again, again)
+
+
+def one_by_one(
+    workers: list[Worker], has: dict[WorkerId, np.ndarray], load: np.ndarray, served: dict[WorkerId, np.ndarray]
+) -> list[list[set[int]]]:
+    """By layer and worker, the experts that `adapt` is to give it."""
+    layers = []
+    for layer in range(len(load)):
+        kept = [{int(e) for e in np.flatnonzero(has[worker.id][layer])} for worker in workers]
+        for worker, mine in zip(workers, kept, strict=True):
+            lost = [int(e) for e in np.flatnonzero(served[worker.id][layer]) if not any(e in other for other in kept)]
+            mine |= set(lost[: max(0, worker.slots - len(mine))])
+        copies = Counter(expert for mine in kept for expert in mine)
+        for worker, mine in zip(workers, kept, strict=True):
+            for expert in sorted(mine, key=lambda e: (-copies[e], -e))[: max(0, len(mine) - worker.slots)]:
+                mine.remove(expert)
+                copies[expert] -= 1
+        weight = load[layer] + 1
+        missing = sorted(set(range(load.shape[1])) - {e for mine in kept for e in mine}, key=lambda e: (-weight[e], e))
+        given = [set(mine) for mine in kept]
+        for expert in missing:
+            room = [rank for rank, worker in enumerate(workers) if len(given[rank]) < worker.slots]
+            if not room:
+                # the first replica, in the order of workers and experts
+                room = [rank for rank, mine in enumerate(kept) if any(copies[e] > 1 for e in mine)][:1]
+                gone = min(e for e in kept[room[0]] if copies[e] > 1)
+                kept[room[0]].remove(gone)
+                given[room[0]].remove(gone)
+                copies[gone] -= 1
+            target = min(room, key=lambda rank: (sum(int(weight[e]) for e in given[rank]), rank))
+            given[target].add(expert)
+        layers.append(given)
+    return layers
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    limits=st.lists(st.integers(1, 8), min_size=1, max_size=5),
+    redundant=st.integers(0, 6),
+    seed=st.integers(0, 1000),
+    densities=st.tuples(st.sampled_from([0.0, 0.3, 0.9]), st.sampled_from([0.0, 0.4])),
+)
+def test_all_layers_at_once_are_as_one_by_one(
+    limits: list[int], redundant: int, seed: int, densities: tuple[float, float]
+) -> None:
+    rng = np.random.default_rng(seed)
+    slots = slots_of(limits, 8, redundant)
+    assume(slots is not None)
+    assert slots is not None
+    members = [Worker(id=WorkerId(f"w{rank}"), node="n", slots=count) for rank, count in enumerate(slots)]
+    has, served = ({worker.id: rng.random((3, 8)) < density for worker in members} for density in densities)
+    load = rng.integers(0, 9, (3, 8))
+    placement = adapt(members, has, load, served)
+    found = [[set(placement.experts_of(worker.id, n)) - {EMPTY} for worker in members] for n in range(3)]
+    assert found == one_by_one(members, has, load, served)
 
 
 def test_lost_experts_go_heaviest_first_to_the_least_loaded() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from elastic_moe.actors.engine import garbage
+from elastic_moe.actors import garbage
 
 
 class Cycle:
