@@ -102,6 +102,7 @@ class Executor:
 
     def _worker_spec(self, command: StartWorker) -> WorkerSpec:
         config = self._config
+        groups = self._fleet.num_groups(config.data_parallel_size)
         return WorkerSpec(
             worker=command.worker,
             model=self._spec,
@@ -110,8 +111,8 @@ class Executor:
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            **self._threads(),
-            node_workers=-(-config.all_workers // self._fleet.num_nodes),
+            **self._threads(groups),
+            node_workers=self._of_a_node(groups * config.most_workers),
             gpu_workers=self._fleet.gpu_workers,
             expert_memory_bytes=config.expert_memory_bytes,
             host_expert_memory_bytes=config.host_expert_memory_bytes,
@@ -123,12 +124,18 @@ class Executor:
             enable_prefix_caching=config.enable_prefix_caching,
         )
 
-    def _threads(self) -> dict[str, int]:
+    def _of_a_node(self, number: int) -> int:
+        """As many of `number` as a node has where they are spread evenly."""
+        return -(-number // self._fleet.num_nodes)
+
+    def _threads(self, groups: int) -> dict[str, int]:
+        """The cores of a node are divided among the groups that there are when a worker starts, and among the workers
+        of its group by each epoch."""
         if self._spec.device == "cuda":
             return {"num_threads": 0}
         threads = self._fleet.node_threads()
-        beside = -(-self._config.data_parallel_size * self._config.workers // self._fleet.num_nodes)
-        return {"num_threads": max(1, threads // beside), "node_threads": threads}
+        own = max(1, threads // self._of_a_node(groups * self._config.workers))
+        return {"num_threads": own, "node_threads": max(1, threads // self._of_a_node(groups))}
 
     async def probe(self, command: Probe) -> list[Event]:
         lost = await self._roll_call.find_lost(command.workers)

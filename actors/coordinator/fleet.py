@@ -130,6 +130,10 @@ class Fleet(Protocol):
         has. Blocks."""
         ...
 
+    def num_groups(self, configured: int) -> int:
+        """Number of groups that the cluster is to have now. `configured`: the settings' number. Blocks."""
+        ...
+
     def others(self) -> list[Remote[Any]]:
         """The coordinators of the other clusters. Blocks."""
         ...
@@ -210,10 +214,12 @@ class RayFleet:
         generations.clear(self.generation)
 
     def wanted(self, groups: int) -> bool:
-        cluster, number = cluster_of(self.generation), number_of(self.generation)
-        if number >= generations.number_of_groups(cluster, groups):
+        if number_of(self.generation) >= self.num_groups(groups):
             return False
-        return self._alone or generations.wanted() in (None, cluster)
+        return self._alone or generations.wanted() in (None, cluster_of(self.generation))
+
+    def num_groups(self, configured: int) -> int:
+        return generations.number_of_groups(cluster_of(self.generation), configured)
 
     def beside(self, group: int) -> RayFleet:
         name = group_name(cluster_of(self.generation), group)

@@ -68,7 +68,7 @@ class FakeWorker:
 
     @in_group("io")
     def load(self, spec: WorkerSpec) -> WorkerInfo:
-        self._dir, self._id = Path(spec.model.path), spec.worker
+        self.spec, self._dir, self._id = spec, Path(spec.model.path), spec.worker
         self._delay("load")
         if (self._dir / "damaged").exists():
             raise CheckpointError("shard 3 is damaged")
@@ -277,6 +277,9 @@ class PlainFleet:
         self.parts: dict[str, bytes] = {}
         self.resumes = False
         self.is_wanted = True
+        self.threads = 2
+        self.groups: int | None = None
+        """Number of groups that an admin call has asked for."""
         self.rivals: list[Remote[Any]] = []
         self.has_left = False
         self.waits_for: str | None = None
@@ -328,6 +331,9 @@ class PlainFleet:
     def wanted(self, groups: int) -> bool:
         return self.is_wanted
 
+    def num_groups(self, configured: int) -> int:
+        return configured if self.groups is None else self.groups
+
     def others(self) -> list[Remote[Any]]:
         return self.rivals
 
@@ -355,7 +361,7 @@ class PlainFleet:
     num_nodes = 1
 
     def node_threads(self) -> int:
-        return 2
+        return self.threads
 
     def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[Any]:
         self.workers[worker], self.places[worker] = Handle(FakeWorker()), node
