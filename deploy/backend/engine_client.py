@@ -18,7 +18,10 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 from ray.exceptions import RayActorError, RayError
 
@@ -55,7 +58,19 @@ MOST_NUMBERS = 2**31 - 1
 """The numbers of requests begin again after this one."""
 UNREAD_EVERY = 64
 """Number of messages from the engine between two checks of `MAX_UNREAD`."""
+AT_ONCE = 256
+"""Outputs that are taken in one turn of the loop, some 3 ms. A message may have those of thousands of requests."""
 RETRY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfinished:
+    """What is left of a message."""
+
+    link: Link
+    tokens: Iterator[tuple[int, int, int]]
+    """Numbers, offsets and tokens. They come before the outputs."""
+    outputs: Iterator[TokenOutput]
 
 
 class EngineClient:
@@ -89,6 +104,8 @@ class EngineClient:
         self._link: Link | None = None
         self._linked_at = 0.0
         self._messages = 0
+        self._unfinished: deque[_Unfinished] = deque()
+        """The messages whose outputs have not all been taken, the oldest first."""
 
     # --- Requests -----------------------------------------------------------------------------------------------
 
@@ -270,10 +287,48 @@ class EngineClient:
 
     def _received(self, link: Link, message: Message) -> None:
         assert isinstance(message, Outputs), message
+        self._unfinished.append(_Unfinished(link, message.tokens.rows(), iter(message.outputs)))
+        if len(self._unfinished) == 1:
+            self._take_some()
+
+    def _take_some(self) -> None:
+        """Take up to `AT_ONCE` outputs of the oldest message. The others get turns of their own."""
+        oldest = self._unfinished[0]
+        try:
+            taken = self._take_part(oldest)
+        except ValueError as error:
+            logger.warning("the engine's connection is closed: %s", error)
+            oldest.link.close()
+            taken = 0
+        if taken < AT_ONCE:
+            self._unfinished.popleft()
+            self._messages += 1
+            if self._messages % UNREAD_EVERY == 0:
+                self._bound_unread()
+        if self._unfinished:
+            asyncio.get_running_loop().call_soon(self._take_some)
+
+    def _take_part(self, message: _Unfinished) -> int:
+        """Take up to `AT_ONCE` outputs. Returns their number. Raises ValueError if columns do not match."""
         unknown: list[RequestId] = []
         without: list[int] = []
-        numbered = self._numbered
-        for number, offset, token_id in message.tokens.rows():
+        link = message.link
+        taken = self._take_tokens(link, islice(message.tokens, AT_ONCE), unknown, without)
+        for output in islice(message.outputs, AT_ONCE - taken):
+            taken += 1
+            self._take(link, self._streams.get(output.request_id), output, unknown)
+        if unknown or without:
+            # requests that lost tokens, and requests whose clients hung up while they were being submitted
+            link.send(AbortRequests(request_ids=tuple(unknown), numbers=tuple(without)))
+        return taken
+
+    def _take_tokens(
+        self, link: Link, rows: Iterable[tuple[int, int, int]], unknown: list[RequestId], without: list[int]
+    ) -> int:
+        """Give tokens to their streams. Returns their number. `without` gets the numbers that no stream has."""
+        numbered, taken = self._numbered, 0
+        for number, offset, token_id in rows:
+            taken += 1
             stream = numbered.get(number)
             if stream is None:
                 without.append(number)
@@ -281,14 +336,7 @@ class EngineClient:
                 name = stream.request.request_id
                 output = TokenOutput(request_id=name, offset=offset, token_ids=(token_id,))
                 self._take(link, stream, output, unknown)
-        for output in message.outputs:
-            self._take(link, self._streams.get(output.request_id), output, unknown)
-        self._messages += 1
-        if self._messages % UNREAD_EVERY == 0:
-            self._bound_unread()
-        if unknown or without:
-            # requests that lost tokens, and requests whose clients hung up while they were being submitted
-            link.send(AbortRequests(request_ids=tuple(unknown), numbers=tuple(without)))
+        return taken
 
     def _take(self, link: Link, stream: RequestStream | None, output: TokenOutput, unknown: list[RequestId]) -> None:
         """Give an output to its stream. `unknown` gets its name where the engine is to abort the request."""

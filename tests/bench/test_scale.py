@@ -19,8 +19,8 @@ def test_exponents_are_those_of_the_costs() -> None:
 
 
 def test_the_table_of_replicas() -> None:
-    cost = ApiCost(replicas=2, streams=64, tokens_per_s=6403.1, token_s=4e-5)
-    assert report.table(report.API, [cost]).splitlines()[-1] == "| 2 | 64 | 6403 | 40.0 | 25000 |"
+    cost = ApiCost(replicas=2, streams=64, tokens_per_s=6403.1, token_s=4e-5, longest_s=0.003)
+    assert report.table(report.API, [cost]).splitlines()[-1] == "| 2 | 64 | 6403 | 40.0 | 25000 | 3 |"
 
 
 def test_a_plot_of_some_sizes_alone(tmp_path: Path) -> None:

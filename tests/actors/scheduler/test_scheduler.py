@@ -1,5 +1,4 @@
-"""Batching, event by event. Memory and membership are in test_batching_memory.py, random orders in
-test_batching_random.py."""
+"""Batching, event by event. Memory and membership are in test_memory.py, random orders in test_random.py."""
 
 import dataclasses
 
@@ -52,6 +51,17 @@ def test_refuses_a_request_id_in_use_until_it_is_free() -> None:
     assert raised.value.status == 409
     s.abort(RequestId("r"))
     s.add(request("r"))
+
+
+def test_requests_share_their_parameters_and_keep_their_seeds() -> None:
+    s = scheduler({A: 10})
+    for name, seed, top_k in (("a", 5, 2), ("b", 6, 2), ("c", 6, 3)):
+        s.add(request(name, seed=seed, top_k=top_k))
+    first, second, other = s._book.requests.values()
+    assert first.params is second.params
+    assert first.params is not other.params
+    (new,) = (worker_plan.new for worker_plan in plan(s).values())
+    assert [(sequence.params.seed, sequence.params.top_k) for sequence in new] == [(5, 2), (6, 2), (6, 3)]
 
 
 @pytest.mark.parametrize("name", ["block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len"])

@@ -49,6 +49,8 @@ class ApiCost:
     """That all clients have read."""
     token_s: float
     """Seconds that a replica computes for each token."""
+    longest_s: float
+    """The longest time for which a replica's event loop was held."""
 
 
 class PacedEngine:
@@ -114,7 +116,9 @@ async def _replica(endpoint: Endpoint, pipe: Connection) -> None:
         await asyncio.sleep(0.05)
     pipe.send(server.servers[0].sockets[0].getsockname()[1])
     while await asyncio.to_thread(pipe.recv):
-        pipe.send(time.process_time())
+        pipe.send((time.process_time(), backend.watch.longest_s))
+        # the next answer tells of the time since this one
+        backend.watch.longest_s = 0.0
     server.should_exit = server.force_exit = True
     await serving
     await backend.end()
@@ -186,11 +190,11 @@ def _process(work: Callable[..., Any], *arguments: Any) -> Iterator[Connection]:
         process.kill()
 
 
-def _asked(*pipes: Connection) -> float:
-    """The sum of what these processes count."""
+def _asked(*pipes: Connection) -> list[Any]:
+    """What each of these processes has counted."""
     for pipe in pipes:
         pipe.send(True)
-    return sum(float(pipe.recv()) for pipe in pipes)
+    return [pipe.recv() for pipe in pipes]
 
 
 def measure(replicas: int, streams: int, *, seconds: float, interval_s: float) -> ApiCost:
@@ -200,10 +204,17 @@ def measure(replicas: int, streams: int, *, seconds: float, interval_s: float) -
         pipes = [stack.enter_context(_process(_replica, endpoint)) for _ in range(replicas)]
         ports = [pipe.recv() for pipe in pipes]
         readers = stack.enter_context(_process(_read, ports, streams))
-        while _asked(readers) < replicas * streams:
+        while _asked(readers)[0] < replicas * streams:
             time.sleep(0.1)
         time.sleep(SETTLED_S)
-        before, spent, begin = _asked(readers), _asked(*pipes), time.monotonic()
+        (before,), spent, begin = _asked(readers), _asked(*pipes), time.monotonic()
         time.sleep(seconds)
-        tokens, cpu_s, took_s = _asked(readers) - before, _asked(*pipes) - spent, time.monotonic() - begin
-    return ApiCost(replicas=replicas, streams=streams, tokens_per_s=tokens / took_s, token_s=cpu_s / tokens)
+        (after,), counted, took_s = _asked(readers), _asked(*pipes), time.monotonic() - begin
+    tokens = after - before
+    return ApiCost(
+        replicas=replicas,
+        streams=streams,
+        tokens_per_s=tokens / took_s,
+        token_s=(sum(cpu_s for cpu_s, _ in counted) - sum(cpu_s for cpu_s, _ in spent)) / tokens,
+        longest_s=max(longest_s for _, longest_s in counted),
+    )

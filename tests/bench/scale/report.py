@@ -46,6 +46,7 @@ API: tuple[Column, ...] = (
     ("tokens/s read", lambda row: f"{row.tokens_per_s:.0f}"),
     ("CPU us a token", lambda row: f"{1e6 * row.token_s:.1f}"),
     ("tokens/s a core", lambda row: f"{1 / row.token_s:.0f}"),
+    ("held ms", lambda row: f"{1e3 * row.longest_s:.0f}"),
 )
 
 
