@@ -16,7 +16,7 @@ from typing import Any
 from elastic_moe.actors import liveness
 from elastic_moe.actors.coordinator.processes import Processes
 from elastic_moe.actors.engine.engine import Engine
-from elastic_moe.actors.remote.ask import Remote, ask
+from elastic_moe.actors.remote.ask import Remote, ask, forward
 from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, is_death, one_line, sign_of_life, within
 from elastic_moe.actors.remote.links import can_connect
 from elastic_moe.actors.remote.turns import Turns
@@ -27,6 +27,7 @@ from elastic_moe.cluster.facts.events import Event, LoadSeen, WorkerLost
 from elastic_moe.cluster.facts.facts import Facts
 from elastic_moe.cluster.facts.membership import WorkerRecord
 from elastic_moe.cluster.facts.routing import RoutingWindow
+from elastic_moe.cluster.messages.epochs import NodeReport
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.messages.views import EngineStatus
 from elastic_moe.cluster.placement import WorkerId
@@ -34,7 +35,7 @@ from elastic_moe.cluster.placement import WorkerId
 logger = logging.getLogger(__name__)
 
 COUNTS_PER_WINDOW = 12
-"""Times that routing counts are fetched per window. They are megabytes for a large model."""
+"""Times that nodes' reports are fetched per window. One takes up to 0.4 MB for 58 layers of 256 experts."""
 
 COUNTS_S = 5.0
 """Most seconds between two fetches, so that a change of subject is noticed soon."""
@@ -138,8 +139,8 @@ class Poller:
         self.shortage: str | None = None
         """What the workers wait for that have no process yet, in words; None if there is room for them."""
         self._load_progress: dict[WorkerId, float] = {}
-        self._counted_at: dict[WorkerId, float] = {}
-        """When each worker's routing counts were last asked for."""
+        self._reported_at: dict[str, float] = {}
+        """When each node's report was last asked for."""
         self._asking: set[str] = set()
         self._watched: Remote[Engine] | None = None
         """The engine whose death `_watch_engine` waits for."""
@@ -152,6 +153,7 @@ class Poller:
             self._asking.add(record.id)
             delay_s = number // AT_ONCE * APART_S
             self._spawn(self._poll_worker(record, processes.workers[record.id], delay_s))
+        self._look_at_nodes(facts)
         if processes.engine is None or not processes.engine_serves:
             return
         if processes.engine != self._watched:
@@ -163,7 +165,6 @@ class Poller:
 
     def forget(self, worker: WorkerId) -> None:
         self._load_progress.pop(worker, None)
-        self._counted_at.pop(worker, None)
         self.resident.pop(worker, None)
         self.link_gbps.pop(worker, None)
 
@@ -218,7 +219,6 @@ class Poller:
                 await asyncio.sleep(delay_s)
             if record.loaded:
                 await sign_of_life(lambda: ask(actor, WorkerActor.ping), self.timeout_s)
-                await self._fetch_counts(record.id, actor)
             elif record.id in self._load_progress:
                 patience_s = liveness.LOADING_PATIENCE * self.timeout_s
                 self._load_progress[record.id] = await sign_of_life(
@@ -235,13 +235,35 @@ class Poller:
         finally:
             self._asking.discard(record.id)
 
-    async def _fetch_counts(self, worker: WorkerId, actor: Remote[WorkerActor]) -> None:
-        now = time.monotonic()
-        if now - self._counted_at.get(worker, 0.0) >= min(self._window.window_s / COUNTS_PER_WINDOW, COUNTS_S):
-            self._counted_at[worker] = now
-            self._window.add(await ask(actor, WorkerActor.routing_counts), time.monotonic())
-            self.link_gbps[worker] = await ask(actor, WorkerActor.link_gbps)
-            tiers = await ask(actor, WorkerActor.tier_counts)
+    def _look_at_nodes(self, facts: Facts) -> None:
+        """Ask each node for its workers' report where it is due."""
+        nodes: dict[str, list[Remote[WorkerActor]]] = {}
+        for record in facts.loaded:
+            actor = self._processes.workers.get(record.id)
+            if actor is not None and record.info is not None:
+                nodes.setdefault(record.info.node, []).append(actor)
+        now, every_s = time.monotonic(), min(self._window.window_s / COUNTS_PER_WINDOW, COUNTS_S)
+        due = [node for node in nodes if now - self._reported_at.get(node, 0.0) >= every_s]
+        self._reported_at = {node: now if node in due else self._reported_at[node] for node in nodes}
+        for number, node in enumerate(due):
+            self._spawn(self._fetch_report(node, nodes[node], number * APART_S))
+
+    async def _fetch_report(self, node: str, actors: Sequence[Remote[WorkerActor]], delay_s: float) -> None:
+        try:
+            await asyncio.sleep(delay_s)
+            first, *others = actors
+            # each worker's goes straight to the next one of its node, which adds its own
+            answer: Awaitable[NodeReport] = ask(first, WorkerActor.report)
+            for other in others:
+                answer = forward(other, WorkerActor.report, answer)
+            report = await within(answer, self.timeout_s)
+        except CALL_ERRORS as error:
+            # a worker that died or hangs is found by the polls of workers
+            logger.info("the report of node %s did not come: %s", node, one_line(error))
+            return
+        self._window.add(report.counts, time.monotonic())
+        self.link_gbps.update(report.link_gbps)
+        for worker, tiers in report.tiers.items():
             self._counters.add_tiers(tiers)
             self.resident[worker] = tiers.resident
 

@@ -14,6 +14,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
 import ray
 
 from elastic_moe.actors.liveness import STEP_PING_S
@@ -22,18 +23,17 @@ from elastic_moe.actors.remote.addresses import node_address
 from elastic_moe.actors.remote.ask import in_group
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.cluster.errors import NotReadyError
+from elastic_moe.cluster.facts.routing import joined
 from elastic_moe.cluster.interpreter import no_collection
 from elastic_moe.cluster.messages.epochs import (
     Epoch,
     EpochSpec,
     ExpertCopy,
-    RoutingCounts,
-    TierCounts,
+    NodeReport,
     WorkerInfo,
     WorkerSpec,
 )
 from elastic_moe.cluster.messages.requests import Endpoint
-from elastic_moe.cluster.placement import WorkerId
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -62,6 +62,7 @@ class WorkerActor:
         self._address = ""
         """Where its listeners are; known when it loads."""
         self._stores: list[TCPStore] = []
+        self._rng = np.random.default_rng(0)
 
     @in_group("io")
     def warm_up(self) -> int:
@@ -169,16 +170,15 @@ class WorkerActor:
         self._ready.read_experts(pairs)
 
     @in_group("io")
-    def routing_counts(self) -> RoutingCounts:
-        return self._ready.routing_counts()
-
-    @in_group("io")
-    def tier_counts(self) -> TierCounts:
-        return self._ready.tier_counts()
-
-    @in_group("io")
-    def link_gbps(self) -> dict[WorkerId, float]:
-        return self._ready.link_gbps()
+    def report(self, others: NodeReport | None = None) -> NodeReport:
+        """What this worker did since its previous report, and, if given, what others of its node did."""
+        plane, name = self._ready, self._ready.spec.worker
+        own = NodeReport(
+            counts=plane.routing_counts(),
+            tiers={name: plane.tier_counts()},
+            link_gbps={name: plane.link_gbps()},
+        )
+        return own if others is None else joined(others, own, self._rng)
 
     @in_group("io")
     def abort_step(self, epoch: Epoch) -> None:

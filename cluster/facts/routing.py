@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from elastic_moe.cluster.facts.sampling import PART_BYTES, RoutingSample, SampledTokens, most_tokens
-from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
+from elastic_moe.cluster.facts.sampling import PART_BYTES, REPORT_BYTES, RoutingSample, SampledTokens, most_tokens
+from elastic_moe.cluster.messages.epochs import NodeReport, PhaseCounts, RoutingCounts
 from elastic_moe.cluster.placement import EMPTY, Placement
 
 IntCounts = npt.NDArray[np.int64]
@@ -19,6 +19,24 @@ FloatArray = npt.NDArray[np.float64]
 
 MAX_DECODE_WEIGHT = 32.0
 """Upper limit of `decode_weight`."""
+
+
+def joined(first: NodeReport, second: NodeReport, rng: np.random.Generator) -> NodeReport:
+    """The reports of different workers as one, which is no larger than each may be. `rng` thins samples."""
+    counts = (first.counts, second.counts)
+    sample = SampledTokens(first.counts.load.shape[1], most_tokens(REPORT_BYTES, first.counts.sample.shape[1:]), rng)
+    for one in counts:
+        sample.add(one.sample, one.tokens)
+    choices = sample.choices()
+    return NodeReport(
+        counts=RoutingCounts(
+            prefill=counts[0].prefill + counts[1].prefill,
+            decode=counts[0].decode + counts[1].decode,
+            sample=first.counts.sample if choices is None else choices,
+        ),
+        tiers={**first.tiers, **second.tiers},
+        link_gbps={**first.link_gbps, **second.link_gbps},
+    )
 
 
 @dataclass(slots=True)
@@ -58,12 +76,12 @@ class RoutingWindow:
         self.taken = np.zeros(self._shape, dtype=np.int64)
         """[L, E] tokens that chose each expert in all reports that the window has ever taken."""
         self.reports = 0
-        """Number of reports that the window has taken."""
+        """Number of reports that the window has taken, of one node each."""
         self._buckets: list[_Bucket] = []
         self._rng = rng or np.random.default_rng(0)
 
     def add(self, counts: RoutingCounts, now: float) -> None:
-        """Add one worker's report, which counts what it ran since its previous report."""
+        """Add a report, which counts what workers ran since their previous reports."""
         assert counts.load.shape == self._shape, f"load is {counts.load.shape}, expected {self._shape}"
         self._drop_old(now)
         self.reports += 1

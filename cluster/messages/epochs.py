@@ -319,6 +319,18 @@ class TierCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """What workers of one node did since their previous reports. Each adds its own to that of the one before it, so
+    that a node sends as much as a worker does."""
+
+    counts: RoutingCounts
+    """Of all these workers together."""
+    tiers: Mapping[WorkerId, TierCounts]
+    link_gbps: Mapping[WorkerId, dict[WorkerId, float]]
+    """Gigabits per second between each of these workers and others, as measured when their group formed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCopy:
     """One expert's tensors on their way between workers, as one unit with its digest."""
 

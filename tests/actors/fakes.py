@@ -19,6 +19,7 @@ from elastic_moe.actors.coordinator.migrator import Migrator
 from elastic_moe.actors.remote.ask import Remote, ask, in_group
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import CheckpointError, PlacementError, StepAborted
+from elastic_moe.cluster.facts.routing import joined
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
 from elastic_moe.cluster.messages.epochs import (
     Epoch,
@@ -26,6 +27,7 @@ from elastic_moe.cluster.messages.epochs import (
     ExpertCopy,
     FetchSource,
     ModelInfo,
+    NodeReport,
     PhaseCounts,
     RoutingCounts,
     StallCause,
@@ -133,6 +135,13 @@ class FakeWorker:
     @in_group("io")
     def read_experts(self, pairs: list[tuple[int, int]]) -> None:
         self._held.update(pairs)
+
+    @in_group("io")
+    def report(self, others: NodeReport | None = None) -> NodeReport:
+        own = NodeReport(
+            counts=self.routing_counts(), tiers={self._id: self.tier_counts()}, link_gbps={self._id: self.link_gbps()}
+        )
+        return own if others is None else joined(others, own, np.random.default_rng(0))
 
     @in_group("io")
     def routing_counts(self) -> RoutingCounts:

@@ -18,13 +18,22 @@ import uvloop
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelInfo, PhaseCounts, RoutingCounts
+from elastic_moe.cluster.messages.epochs import (
+    Epoch,
+    EpochSpec,
+    ModelInfo,
+    PhaseCounts,
+    RoutingCounts,
+    WorkerInfo,
+    WorkerSpec,
+)
 from elastic_moe.cluster.messages.views import Operation, Phase
 from elastic_moe.cluster.placement import WorkerId
 from tests.actors.fakes import MODEL, FakeEngine, FakeWorker, Handle, PlainFleet
 
 LAYERS, EXPERTS, CHOICES = 58, 256, 8
 SAMPLED = 280
+WORKERS_PER_NODE = 8
 TIMEOUT_S = 120.0
 POLLS_S = 12.0
 """Seconds of polling. Routing counts are fetched every 5 s."""
@@ -62,6 +71,9 @@ LOAD = RNG.integers(1, 100, size=(LAYERS, EXPERTS))
 
 class BigWorker(FakeWorker):
     """It does not look at what it is told to hold, which would cost more than what is measured."""
+
+    def load(self, spec: WorkerSpec) -> WorkerInfo:
+        return replace(super().load(spec), node=f"n{int(spec.worker[1:]) // WORKERS_PER_NODE}")
 
     def _placed(self, spec: EpochSpec) -> set[tuple[int, int]]:
         return set()

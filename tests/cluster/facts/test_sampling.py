@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from elastic_moe.cluster.facts.routing import RoutingWindow
-from elastic_moe.cluster.facts.sampling import PART_BYTES, Choices, RoutingSample, SampledTokens
-from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
+from elastic_moe.cluster.facts.routing import RoutingWindow, joined
+from elastic_moe.cluster.facts.sampling import PART_BYTES, REPORT_BYTES, Choices, RoutingSample, SampledTokens
+from elastic_moe.cluster.messages.epochs import NodeReport, PhaseCounts, RoutingCounts, TierCounts
+from elastic_moe.cluster.placement import WorkerId
 
 LAYERS, EXPERTS, CHOICES = 3, 8, 2
 
@@ -89,3 +90,35 @@ def test_a_window_keeps_few_bytes_of_a_large_model() -> None:
     ((kept, tokens),) = window.sample(1.0).parts
     assert kept.nbytes <= PART_BYTES
     assert tokens == 12 * 600
+
+
+def report(name: str, choices: Choices, tokens: int) -> NodeReport:
+    """Of a worker that ran so many tokens, all of them in decode steps, and sends these in its sample."""
+    load = np.zeros((LAYERS, EXPERTS), dtype=np.int64)
+    load[:, 0] = tokens
+    none = PhaseCounts(tokens=0, load=np.zeros_like(load))
+    decode = PhaseCounts(tokens=tokens, load=load, steps_s=0.5, steps_tokens=tokens)
+    counts = RoutingCounts(prefill=none, decode=decode, sample=choices)
+    links = {WorkerId(name): {WorkerId("other"): 1.0}}
+    return NodeReport(counts=counts, tiers={WorkerId(name): TierCounts(resident=tokens)}, link_gbps=links)
+
+
+def test_reports_of_a_node_are_added_up_and_grow_no_larger() -> None:
+    rng = np.random.default_rng(3)
+    most = REPORT_BYTES // (LAYERS * CHOICES)
+    alike, other = np.zeros((most, LAYERS, CHOICES), np.uint8), np.ones((most, LAYERS, CHOICES), np.uint8)
+    together = joined(report("w0", alike, 3 * most), report("w1", other, most), rng)
+    together = joined(together, report("w2", other[:0], 0), rng)
+    assert together.counts.tokens == 4 * most
+    assert together.counts.load[:, 0].tolist() == [4 * most] * LAYERS
+    assert (together.counts.decode.steps_s, together.counts.decode.steps_tokens) == (1.5, 4 * most)
+    assert {name: counts.resident for name, counts in together.tiers.items()} == {"w0": 3 * most, "w1": most, "w2": 0}
+    assert set(together.link_gbps) == {"w0", "w1", "w2"}
+    sample = together.counts.sample
+    assert sample.nbytes <= REPORT_BYTES
+    assert len(sample) > most / 4
+    # three quarters of the tokens were the first worker's
+    assert abs(float((sample == 0).mean()) - 0.75) < 5 * (0.75 * 0.25 / len(sample)) ** 0.5
+    nothing = joined(report("w0", alike[:0], 0), report("w1", alike[:0], 0), rng)
+    assert nothing.counts.tokens == 0
+    assert nothing.counts.sample.shape == (0, LAYERS, CHOICES)
