@@ -1,4 +1,6 @@
-"""Root mean square normalisation, also with a gate, by torch's operators. Native code and kernels compute it too."""
+"""Norms by torch's operators: by the root mean square, also with a gate, and layer normalisation. Native code computes
+them too, and kernels the first.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,21 @@ class RmsNorm:
         wide = hidden_states.float()
         wide = wide * wide.pow(2).mean(-1, keepdim=True).add(self.epsilon).rsqrt()
         return ((wide.bfloat16().float() if self.rounds else wide) * self.weight).bfloat16()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerNorm:
+    """Normalises bfloat16 rows as long as `weight`, without their mean. Computes in float32 and rounds the result."""
+
+    weight: Tensor
+    """The factors of the normalised values, in float32."""
+    bias: Tensor | None
+    """What is added to the product, in float32."""
+    epsilon: float
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        size = (len(self.weight),)
+        return F.layer_norm(hidden_states.float(), size, self.weight, self.bias, self.epsilon).bfloat16()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
     fit              makes every choice, and reports it with its reasons
     probe            finds the shapes of a trunk's layers
     latents          caches latents in place of keys and values
-    small_ops        norms, routers and rotary embeddings as native calls
+    small_ops        routers as native calls, and by model/operators/ norms and rotary embeddings
     attention_half   the attention half of a layer as one native call; halves.py has what its kinds share
     latent_half      the same for layers that attend to latents
     feed_forward     router, experts and shared expert as one native call

@@ -26,9 +26,9 @@ from elastic_moe.model.fitting.halves import (
     same_in_trial,
 )
 from elastic_moe.model.fitting.latent_half import LatentLayer, find_latent_half
-from elastic_moe.model.fitting.small_ops import OTHERWISE
 from elastic_moe.model.native.attention import TILE, refusal
 from elastic_moe.model.native.block import AttentionBlock
+from elastic_moe.model.operators.trials import OTHERWISE
 from elastic_moe.model.trunk.attention import LATENTS
 from elastic_moe.model.trunk.attention_path import AttentionPath, KVShape
 from elastic_moe.model.trunk.step_batch import current_batch

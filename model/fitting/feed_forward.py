@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.halves import matrix_of
-from elastic_moe.model.fitting.small_ops import OTHERWISE
 from elastic_moe.model.native.block import Matrix
 from elastic_moe.model.native.layers import FeedForwardHalf
 from elastic_moe.model.native.router import Router, ScoredRouter
+from elastic_moe.model.operators.trials import OTHERWISE
 from elastic_moe.model.trunk.step_batch import StepBatch, current_batch
 
 _TOLERANCE = 2**-6

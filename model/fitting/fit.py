@@ -5,8 +5,8 @@
     attention half   a layer's half in one native call (attention_half.py, latent_half.py); module by module
     attention        native (native/attention.py); FlashAttention (trunk/flash.py), with a kernel for single tokens
                      (gpu/decode.py); matrix products (trunk/attention.py)
-    router, norms,   native (small_ops.py), or kernels on GPUs (gpu_ops.py), if a module is recognised by what it
-    rotary           computes; transformers' own code
+    router, norms,   native (small_ops.py, model/operators/), or kernels on GPUs (gpu_ops.py), if a module is recognised
+    rotary           by what it computes; transformers' own code
     states           native for single tokens (states/rules.py), of some kinds by native calls alone (state_layers.py);
                      transformers' own code
     feed-forward     router, experts and shared expert in one native call (feed_forward.py); module by module

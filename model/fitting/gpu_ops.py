@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
-from elastic_moe.model.fitting.small_ops import find_router, fit_norm, fit_rotary
+from elastic_moe.model.fitting.small_ops import find_router
+from elastic_moe.model.operators.norms import fit_norm
+from elastic_moe.model.operators.rotary import fit_rotary
 
 
 @torch.inference_mode()

@@ -21,9 +21,9 @@ from elastic_moe.model.fitting.halves import (
     norm_of,
     same_in_trial,
 )
-from elastic_moe.model.fitting.small_ops import OTHERWISE
 from elastic_moe.model.native.attention import TILE, refusal
 from elastic_moe.model.native.block import LatentBlock
+from elastic_moe.model.operators.trials import OTHERWISE
 from elastic_moe.model.trunk.attention import LATENTS
 from elastic_moe.model.trunk.attention_path import AttentionPath
 from elastic_moe.model.trunk.latent import LatentAttention

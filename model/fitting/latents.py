@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_moe.model.fitting.small_ops import OTHERWISE
+from elastic_moe.model.operators.trials import OTHERWISE
 from elastic_moe.model.transformers_private import EXPANDS_LATENTS
 from elastic_moe.model.trunk.attention import LATENTS
 from elastic_moe.model.trunk.attention_path import KVShape

@@ -22,10 +22,10 @@ from transformers import DynamicCache
 
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
 from elastic_moe.model.fitting.probe import run_one_token
-from elastic_moe.model.fitting.small_ops import OTHERWISE
 from elastic_moe.model.native import library
 from elastic_moe.model.native.block import GatedNorm
 from elastic_moe.model.native.refusals import native_refusal
+from elastic_moe.model.operators.trials import OTHERWISE
 from elastic_moe.model.states.finding import StateLayer, find_state_layers
 from elastic_moe.model.states.packed import PackedStates
 from elastic_moe.model.states.recurrent import (

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.attention_half import FittedLayer, decoder_layers
 from elastic_moe.model.fitting.halves import Rotation, fed_forward, native_embeddings, native_input
-from elastic_moe.model.fitting.small_ops import OTHERWISE
 from elastic_moe.model.native.layers import JointLayer, JointLayers
 from elastic_moe.model.native.router import Router
+from elastic_moe.model.operators.trials import OTHERWISE
 from elastic_moe.model.trunk.step_batch import ShapeProbe, current_batch, step_context
 
 _WHAT_LAYERS_SHARE = ("attention_mask", "position_embeddings")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,15 +15,15 @@ from torch import Tensor
 from elastic_moe.model.native import structs
 from elastic_moe.model.native.attention import NativeBatch
 from elastic_moe.model.native.linear import NUMBERS, Packed, PackedHeads
-from elastic_moe.model.rms_norm import GatedRmsNorm, RmsNorm
+from elastic_moe.model.rms_norm import GatedRmsNorm, LayerNorm, RmsNorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """Computes `formula` in one call; see `norm_row` in trunk.h."""
+    """Computes `formula` in one call; see `norm_row` and `layer_norm_row` in trunk.h."""
 
     lib: ctypes.CDLL
-    formula: RmsNorm
+    formula: RmsNorm | LayerNorm
 
     @property
     def size(self) -> int:
@@ -33,6 +33,18 @@ class Norm:
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
         formula, size = self.formula, self.size
+        if isinstance(formula, LayerNorm):
+            self.lib.emoe_layer_norm(
+                x.data_ptr(),
+                x.numel() // size,
+                size,
+                formula.weight.data_ptr(),
+                None if formula.bias is None else formula.bias.data_ptr(),
+                formula.epsilon,
+                out.data_ptr(),
+                torch.get_num_threads(),
+            )
+            return out
         self.lib.emoe_rms_norm(
             x.data_ptr(),
             x.numel() // size,
@@ -44,6 +56,25 @@ class Norm:
             torch.get_num_threads(),
         )
         return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BareNorm:
+    """Computes a Norm whose weights are 1, of rows of any size."""
+
+    lib: ctypes.CDLL
+    epsilon: float
+    sizes: dict[int, Norm] = field(default_factory=dict)
+
+    def of(self, size: int) -> Norm:
+        """The same for rows of one size."""
+        if size not in self.sizes:
+            formula = RmsNorm(weight=torch.ones(size, dtype=torch.float32), epsilon=self.epsilon, rounds=False)
+            self.sizes[size] = Norm(lib=self.lib, formula=formula)
+        return self.sizes[size]
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        return self.of(hidden_states.shape[-1])(hidden_states)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,11 +300,14 @@ class LatentBlock:
 
 def _norm(norm: Norm | None) -> structs.Norm:
     if norm is None:
-        return structs.Norm(weight=None, size=1, epsilon=0.0, rounds=0)
+        return structs.Norm(size=1)
     formula = norm.formula
-    return structs.Norm(
-        weight=formula.weight.data_ptr(), size=norm.size, epsilon=formula.epsilon, rounds=formula.rounds
-    )
+    made = structs.Norm(weight=formula.weight.data_ptr(), size=norm.size, epsilon=formula.epsilon)
+    if isinstance(formula, RmsNorm):
+        made.rounds = formula.rounds
+    else:
+        made.centred, made.bias = True, None if formula.bias is None else formula.bias.data_ptr()
+    return made
 
 
 def matrix_struct(matrix: Matrix) -> structs.Matrix:

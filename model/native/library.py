@@ -48,6 +48,7 @@ _SIGNATURES = {
     "emoe_linear_wide": "piiipipt",
     "emoe_linear_heads": "piiiiipipiit",
     "emoe_rms_norm": "piipftpt",
+    "emoe_layer_norm": "piippfpt",
     "emoe_gated_norm": "pipiiiipftttpt",
     "emoe_rotate": "piiiiipptp",
     "emoe_block": "ppippippipiipppt",

@@ -6,13 +6,15 @@ import ctypes
 
 
 class Norm(ctypes.Structure):
-    """See block.cpp."""
+    """See block.h."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("size", ctypes.c_int64),
         ("epsilon", ctypes.c_float),
         ("rounds", ctypes.c_int32),
+        ("centred", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
     )
 
 

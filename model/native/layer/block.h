@@ -13,10 +13,14 @@ struct Norm {
     int64_t size;        // numbers in a row that is normalised
     float epsilon;
     int32_t rounds;
+    int64_t centred;   // whether it is a layer normalisation, and not one by the root mean square
+    const float* bias; // of a layer normalisation; null: it has none
 
     void operator()(const bf16* from, int64_t count, bf16* to) const {
-        for (int64_t at = 0; weight != nullptr && at < count; at += size)
-            norm_row(from + at, size, weight, epsilon, rounds, to + at);
+        for (int64_t at = 0; weight != nullptr && at < count; at += size) {
+            if (centred) layer_norm_row(from + at, size, weight, bias, epsilon, to + at);
+            else norm_row(from + at, size, weight, epsilon, rounds, to + at);
+        }
     }
 };
 

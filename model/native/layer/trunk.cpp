@@ -14,6 +14,13 @@ extern "C" void emoe_rms_norm(const bf16* x, int64_t rows, int64_t size, const f
     for (int64_t r = 0; r < rows; ++r) norm_row(x + r * size, size, weight, epsilon, rounds, out + r * size);
 }
 
+// Calls layer_norm_row for each row of x [rows, size]. `bias` may be null.
+extern "C" void emoe_layer_norm(const bf16* x, int64_t rows, int64_t size, const float* weight, const float* bias,
+                                float epsilon, bf16* out, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 16)
+    for (int64_t r = 0; r < rows; ++r) layer_norm_row(x + r * size, size, weight, bias, epsilon, out + r * size);
+}
+
 // Normalises groups of `group` numbers of each row of x [rows, size], and multiplies by silu(gate), or by the logistic
 // function of the gate unless `silu`: before the normalisation if `gate_first`, else afterwards. Rows of x and of the gate
 // lie at strides, in elements. If `rounds`, normalised values are rounded before and after the product with the weight.

@@ -24,6 +24,25 @@ inline void norm_row(const bf16* from, int64_t size, const float* weight, float 
     }
 }
 
+// Layer normalisation: takes off the mean, divides by the root of the variance, multiplies by the weight, and adds the bias.
+inline void layer_norm_row(const bf16* from, int64_t size, const float* weight, const float* bias, float epsilon, bf16* to) {
+    Floats values = zero();
+    for (int64_t c = 0; c < size; c += 16) values = add(values, load(from + c, lanes_before(c, size)));
+    const Floats mean = all(sum(values) / size);
+    Floats squares = zero();
+    for (int64_t c = 0; c < size; c += 16) {
+        const Lanes lanes = lanes_before(c, size);
+        const Floats value = chosen(lanes, sub(load(from + c, lanes), mean), zero());
+        squares = fused(value, value, squares);
+    }
+    const Floats factor = all(1.f / std::sqrt(sum(squares) / size + epsilon));
+    for (int64_t c = 0; c < size; c += 16) {
+        const Lanes lanes = lanes_before(c, size);
+        const Floats value = mul(mul(sub(load(from + c, lanes), mean), factor), load(weight + c, lanes));
+        store(to + c, bias == nullptr ? value : add(value, load(bias + c, lanes)), lanes);
+    }
+}
+
 // Computes 16 columns of x * cos + turned * sin, and rounds after every operator.
 inline Floats turn(Floats x, Floats turned, const bf16* cosine, const bf16* sine, Lanes lanes) {
     return add(rounded(mul(x, load(cosine, lanes))), rounded(mul(turned, load(sine, lanes))));

@@ -5,10 +5,55 @@ using namespace emoe;
 
 namespace {
 
+// Of 16 channels.
+using Four = uint64_t __attribute__((vector_size(128)));
+using Bits = uint32_t __attribute__((vector_size(64)));
+using Tokens = bf16 __attribute__((vector_size(32)));
+
 // Replaces 16 values by their silu.
 void activate(bf16* place, Lanes lanes) {
     const Floats x = load(place, lanes);
     store(place, over_logistic(x, x), lanes);
+}
+
+// One token of the channels from `first` to `end`: the inputs `from` [channels, width] become `to`, and sums of products with
+// `weight` [channels, width] go to `sums`.
+void step(const bf16* x, int64_t width, const bf16* weight, const bf16* bias, int64_t first, int64_t end, const bf16* from,
+          bf16* to, float* sums) {
+    for (int64_t c = first; c < end; ++c) {
+        const bf16 *before = from + c * width, *taps = weight + c * width;
+        float total = bias ? to_float(bias[c]) : 0.f;
+        for (int64_t k = 0; k + 1 < width; ++k) {
+            total += to_float(before[k + 1]) * to_float(taps[k]);
+            to[c * width + k] = before[k + 1];
+        }
+        to[c * width + width - 1] = x[c];
+        sums[c - first] = total + to_float(x[c]) * to_float(taps[width - 1]);
+    }
+}
+
+// Number k of each of 16 channels of the usual width. The four numbers of a channel are one of 64 bits.
+Floats part(const Four& all_four, int64_t k) {
+    const Bits bits = __builtin_convertvector(all_four >> 16 * k, Bits) << 16;
+    Floats out;
+    static_assert(sizeof out == sizeof bits);
+    std::memcpy(&out, &bits, sizeof bits);
+    return out;
+}
+
+// The same as `step` for 16 channels of the usual width, with the same bits.
+void step_of_four(const bf16* x, const bf16* weight, const bf16* bias, int64_t first, const bf16* from, bf16* to, float* sums) {
+    Four now, taps;
+    Tokens token;
+    std::memcpy(&now, from + first * 4, sizeof now);
+    std::memcpy(&taps, weight + first * 4, sizeof taps);
+    std::memcpy(&token, x + first, sizeof token);
+    now = now >> 16 | __builtin_convertvector(token, Four) << 48;
+    std::memcpy(to + first * 4, &now, sizeof now);
+    Floats total = zero();
+    if (bias) total = load(bias + first);
+    for (int64_t k = 0; k < 4; ++k) total = add(total, mul(part(now, k), part(taps, k)));
+    store(sums, total);
 }
 
 } // namespace
@@ -20,28 +65,21 @@ extern "C" void emoe_convolve(const bf16* x, int64_t rows, int64_t channels, int
                               const bf16* bias, int silu, bf16* states, const int64_t* sources, const int64_t* targets,
                               bf16* out, int threads) {
     const int64_t blocks = (channels + LANES - 1) / LANES;
-#pragma omp parallel for num_threads(threads) if (threads > 1) collapse(2) schedule(static)
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t first = block * LANES, end = std::min(first + LANES, channels);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = block * LANES, end = std::min(first + LANES, channels);
+        const Lanes lanes = lanes_before(first, channels);
+        for (int64_t r = 0; r < rows; ++r) {
+            const bf16* from = states + sources[r] * channels * width;
+            bf16* to = states + targets[r] * channels * width;
             float sums[LANES] = {};
-            for (int64_t c = first; c < end; ++c) {
-                const bf16* from = states + (sources[r] * channels + c) * width;
-                bf16* to = states + (targets[r] * channels + c) * width;
-                const bf16* taps = weight + c * width;
-                float total = bias ? to_float(bias[c]) : 0.f;
-                for (int64_t k = 0; k + 1 < width; ++k) {
-                    total += to_float(from[k + 1]) * to_float(taps[k]);
-                    to[k] = from[k + 1];
-                }
-                to[width - 1] = x[r * channels + c];
-                sums[c - first] = total + to_float(x[r * channels + c]) * to_float(taps[width - 1]);
-            }
-            const Lanes lanes = lanes_before(first, channels);
+            if (width == 4 && end - first == LANES) step_of_four(x + r * channels, weight, bias, first, from, to, sums);
+            else step(x + r * channels, width, weight, bias, first, end, from, to, sums);
             bf16* place = out + r * channels + first;
             store(place, load(sums), lanes);
             if (silu) activate(place, lanes);
         }
+    }
 }
 
 // A convolution over the tokens of one sequence for each channel. x and out [channels, tokens]; before the first token there

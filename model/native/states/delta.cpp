@@ -12,14 +12,14 @@ struct Head {
     float beta;
 };
 
-// Columns `first` to `first + 16 * Width` of the matrix `from`, which become those of `to`.
-template <int Width, bool Streams>
+// Columns `first` to `first + 16 * Width` of the matrix `from`, which become those of `to`. `Whole`: the matrix has them all.
+template <int Width, bool Streams, bool Whole>
 void delta_columns(const Head& head, int64_t key_size, int64_t value_size, int64_t first, const float* from, float* to,
                    float* out) {
     Lanes lanes[Width];
     Floats found[Width], change[Width], sum[Width];
     for (int w = 0; w < Width; ++w) {
-        lanes[w] = lanes_before(first + w * LANES, value_size);
+        lanes[w] = Whole ? Lanes(0xffff) : lanes_before(first + w * LANES, value_size);
         found[w] = sum[w] = zero();
     }
     for (int64_t k = 0; k < key_size; ++k) {
@@ -27,7 +27,7 @@ void delta_columns(const Head& head, int64_t key_size, int64_t value_size, int64
         for (int w = 0; w < Width; ++w) {
             const float* at = from + k * value_size + first + w * LANES;
             if (Streams) _mm_prefetch((const char*)(at + kAhead), _MM_HINT_T0);
-            found[w] = fused(load(at, lanes[w]), key, found[w]);
+            found[w] = fused(Whole ? load(at) : load(at, lanes[w]), key, found[w]);
         }
     }
     for (int w = 0; w < Width; ++w)
@@ -36,7 +36,8 @@ void delta_columns(const Head& head, int64_t key_size, int64_t value_size, int64
         const Floats key = all(head.key[k]), query = all(head.query[k]), decay = all(head.decay[k * head.decay_step]);
         for (int w = 0; w < Width; ++w) {
             const int64_t at = k * value_size + first + w * LANES;
-            const Floats now = fused(key, change[w], mul(load(from + at, lanes[w]), decay));
+            const Floats before = Whole ? load(from + at) : load(from + at, lanes[w]);
+            const Floats now = fused(key, change[w], mul(before, decay));
             put<Streams>(to + at, now, lanes[w]);
             sum[w] = fused(now, query, sum[w]);
         }
@@ -47,10 +48,10 @@ void delta_columns(const Head& head, int64_t key_size, int64_t value_size, int64
 template <bool Streams>
 void delta_head(const Head& head, int64_t key_size, int64_t value_size, const float* from, float* to, float* out) {
     int64_t first = 0;
-    for (; first + 3 * LANES < value_size; first += 4 * LANES)
-        delta_columns<4, Streams>(head, key_size, value_size, first, from, to, out);
+    for (; first + 4 * LANES <= value_size; first += 4 * LANES)
+        delta_columns<4, Streams, true>(head, key_size, value_size, first, from, to, out);
     for (; first < value_size; first += LANES)
-        delta_columns<1, Streams>(head, key_size, value_size, first, from, to, out);
+        delta_columns<1, Streams, false>(head, key_size, value_size, first, from, to, out);
     if (Streams) _mm_sfence();
 }
 
@@ -158,11 +159,11 @@ extern "C" void emoe_delta_scan(const void* query, int64_t query_stride, const v
                     const Head head = buffer.of(inputs, t, h);
                     float* own = state + h * matrix;
                     const int64_t begins = part * columns, ends = std::min(value_size, begins + columns);
-                    if (ends - begins > 3 * LANES)
-                        delta_columns<4, false>(head, key_size, value_size, begins, own, own, buffer.out.data());
+                    if (ends - begins == columns)
+                        delta_columns<4, false, true>(head, key_size, value_size, begins, own, own, buffer.out.data());
                     else
                         for (int64_t first = begins; first < ends; first += LANES)
-                            delta_columns<1, false>(head, key_size, value_size, first, own, own, buffer.out.data());
+                            delta_columns<1, false, false>(head, key_size, value_size, first, own, own, buffer.out.data());
                     write_as(wide, buffer.out.data() + begins, ends - begins, out,
                              (t * value_heads + h) * value_size + begins);
                 }

@@ -5,23 +5,49 @@ using namespace emoe;
 
 namespace {
 
+// `Rows` rows of a head's matrix from row p on: they share what is read and written, and their sums do not wait for each
+// other.
+template <bool Streams, int Rows>
+void selective_rows(Floats decay, const float* inputs, const float* read, const float* written, int64_t p, int64_t state_size,
+                    const float* from, float* to, float* out) {
+    Floats input[Rows], total[Rows];
+    for (int i = 0; i < Rows; ++i) {
+        input[i] = all(inputs[p + i]);
+        total[i] = zero();
+    }
+    int64_t n = 0;
+    for (; n + LANES <= state_size; n += LANES) {
+        const Floats in = load(written + n), by = load(read + n);
+        for (int i = 0; i < Rows; ++i) {
+            const int64_t at = (p + i) * state_size + n;
+            if (Streams) _mm_prefetch((const char*)(from + at + kAhead), _MM_HINT_T0);
+            const Floats now = fused(input[i], in, mul(load(from + at), decay));
+            put<Streams>(to + at, now);
+            total[i] = fused(now, by, total[i]);
+        }
+    }
+    if (n < state_size) {
+        const Lanes lanes = lanes_before(n, state_size);
+        for (int i = 0; i < Rows; ++i) {
+            const int64_t at = (p + i) * state_size + n;
+            const Floats now = fused(input[i], load(written + n, lanes), mul(load(from + at, lanes), decay));
+            store(to + at, now, lanes);
+            total[i] = fused(now, load(read + n, lanes), total[i]);
+        }
+    }
+    for (int i = 0; i < Rows; ++i) out[p + i] = sum(total[i]);
+}
+
 // One token of one head of Mamba-2: `kept` is what the matrix [head_size, state_size] is scaled by.
 template <bool Streams>
 void selective_head(float kept, const float* inputs, const float* read, const float* written, int64_t head_size,
                     int64_t state_size, const float* from, float* to, float* out) {
     const Floats decay = all(kept);
-    for (int64_t p = 0; p < head_size; ++p) {
-        const Floats input = all(inputs[p]);
-        Floats total = zero();
-        for (int64_t n = 0; n < state_size; n += LANES) {
-            const Lanes lanes = lanes_before(n, state_size);
-            const Floats now =
-                fused(input, load(written + n, lanes), mul(load(from + p * state_size + n, lanes), decay));
-            put<Streams>(to + p * state_size + n, now, lanes);
-            total = fused(now, load(read + n, lanes), total);
-        }
-        out[p] = sum(total);
-    }
+    int64_t p = 0;
+    for (; p + 4 <= head_size; p += 4)
+        selective_rows<Streams, 4>(decay, inputs, read, written, p, state_size, from, to, out);
+    for (; p < head_size; ++p)
+        selective_rows<Streams, 1>(decay, inputs, read, written, p, state_size, from, to, out);
     if (Streams) _mm_sfence();
 }
 

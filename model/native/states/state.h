@@ -21,7 +21,7 @@ constexpr int64_t kAhead = 1024; // floats that are fetched in advance
 
 // Writes a part of a state. States that nobody reads before the next step are written past the caches: otherwise the memory
 // that they overwrite would be read first.
-template <bool Streams> void put(float* to, Floats value, Lanes lanes) {
+template <bool Streams> void put(float* to, Floats value, Lanes lanes = 0xffff) {
     if (Streams) stream(to, value);
     else store(to, value, lanes);
 }

@@ -18,10 +18,10 @@ from tests.model.families import tiny_checkpoint
 from tests.model.native.test_models import logits, runner_of, texts
 
 JOINED = ["mixtral", "mixtral-sliding", "qwen3_moe-mixed", "qwen2_moe-sliding", "olmoe", "glm4_moe", "minimax_m2"]
-JOINED += ["gpt_oss"]
+JOINED += ["gpt_oss", "phimoe", "phimoe-longrope"]
 LATENT = ["deepseek_v3", "deepseek_v3-yarn", "glm4_moe_lite", "axk1"]
-OTHERS = ["phimoe", "granitemoe", "ernie4_5_moe", "gemma4_text", "deepseek_v2", "mistral4"]
-"""Layer norms, scaled sums, other rotary embeddings, further norms; queries that are scaled by their position."""
+OTHERS = ["granitemoe", "ernie4_5_moe", "gemma4_text", "deepseek_v2", "mistral4"]
+"""Scaled sums, other rotary embeddings, further norms; queries that are scaled by their position."""
 
 
 @pytest.mark.parametrize("family", JOINED + LATENT + OTHERS)

@@ -34,11 +34,11 @@ WHY_APART = {
     "qwen2_moe": "a feed-forward half computes more than a router and experts, such as a shared expert",
     "minimax_m2": "a feed-forward half has no native router",
     "gpt_oss": "the trunk does more between its layers than hand on what the one before has made",
+    "phimoe": "a feed-forward half has no native router",
     "gemma4_text": "the attention half of 3 of 3 layers is not joined",
 }
 WHY_NO_HALF = {
     "deepseek_v2": "a trial call with the usual arguments failed with AttributeError",
-    "phimoe": "its norm before and after attention is not native",
     "granitemoe": "it does not just add attention to its input, or attends in another way",
     "flex_olmo": "it lacks one of self_attn, input_layernorm and post_attention_layernorm",
 }

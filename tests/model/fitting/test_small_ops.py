@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.models.gemma4 import modeling_gemma4
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
@@ -77,11 +79,36 @@ def test_norms_with_a_gate_are_recognised(lib: ctypes.CDLL, kind: type[nn.Module
     assert norm(x.float(), gates[..., 7:47]).dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [16, 100, 1024])
+@pytest.mark.parametrize("biased", [True, False])
+def test_layer_norms_are_recognised(lib: ctypes.CDLL, size: int, biased: bool) -> None:
+    g = torch.Generator().manual_seed(1)
+    norm = nn.LayerNorm(size, eps=1e-3, bias=biased, dtype=torch.bfloat16)
+    for parameter in norm.parameters():
+        parameter.data.copy_(torch.randn(size, generator=g))
+    x = (torch.randn(2, 3, size, generator=g) + 1).bfloat16()
+    expected = norm(x)
+    fit_trunk(lib, norm, FitNotes())
+    assert "forward" in vars(norm)
+    torch.testing.assert_close(norm(x), expected, rtol=2**-7, atol=1e-4)
+    assert torch.equal(norm(x[1, 2]), norm(x)[1, 2])
+
+
+def test_norms_without_weights_are_recognised(lib: ctypes.CDLL) -> None:
+    norm = Gemma4RMSNorm(40, with_scale=False)
+    rows = [torch.randn(2, 3, size, generator=torch.Generator().manual_seed(2)).bfloat16() for size in (40, 64)]
+    expected = [norm(x) for x in rows]
+    fit_trunk(lib, norm, FitNotes())
+    assert "forward" in vars(norm)
+    for x, made in zip(rows, expected, strict=True):
+        torch.testing.assert_close(norm(x), made, rtol=2**-7, atol=1e-6)
+
+
 def test_other_modules_are_left_alone(lib: ctypes.CDLL) -> None:
     modules = nn.ModuleList(
         [
-            Norm("layer norm", 32),
-            nn.LayerNorm(32, dtype=torch.bfloat16),
+            nn.GroupNorm(2, 32, dtype=torch.bfloat16),
+            nn.Dropout(0.5).eval(),
             nn.Conv1d(4, 4, 1, dtype=torch.bfloat16),
             nn.Embedding(9, 8, dtype=torch.bfloat16),
             nn.PReLU(32, dtype=torch.bfloat16),
@@ -127,6 +154,29 @@ def test_routers_use_packed_weights(
     monkeypatch.setattr("elastic_moe.model.fitting.small_ops.linear", lambda *args: called.append(args))
     router(x)
     assert len(called) == (0 if wide else 1)
+
+
+class LinearRouter(nn.Linear):
+    """As PhiMoE's, which chooses in another way than others do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).softmax(-1)
+
+
+def test_a_router_that_is_a_linear_layer_uses_packed_weights(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    router = LinearRouter(32, 6, bias=False, dtype=torch.bfloat16)
+    plain = nn.Linear(32, 6, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expected = router(x)
+    # a layer that is nothing else is left to pack_linears
+    assert fit_trunk(lib, nn.ModuleList([router, plain]), FitNotes()) == 6 * 32 * 2
+    torch.testing.assert_close(router(x), expected, rtol=2**-7, atol=1e-4)
+    called = []
+    monkeypatch.setattr(
+        "elastic_moe.model.fitting.small_ops.linear", lambda *args: called.append(args) or torch.zeros(5, 6)
+    )
+    router(x)
+    assert len(called) == 1
 
 
 class Choice(nn.Module):
@@ -236,6 +286,22 @@ def test_a_rotary_embedding_of_pairs_gives_the_same_bits(
     cos, sin = (torch.randn(1, 5, size, generator=g).bfloat16() for _ in range(2))
     for got, expected in zip(file.apply_rotary_pos_emb_interleave(q, k, cos, sin), theirs(q, k, cos, sin), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("size", [6, 32, 80])
+def test_a_rotary_embedding_of_one_tensor_gives_the_same_bits(
+    lib: ctypes.CDLL, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = getattr(modeling_gemma4.apply_rotary_pos_emb, "emoe_original", modeling_gemma4.apply_rotary_pos_emb)
+    fit = fitted(lib, theirs, monkeypatch)
+    assert fit is not theirs
+    g = torch.Generator().manual_seed(1)
+    x, cos, sin = (
+        torch.randn(shape, generator=g).bfloat16() for shape in ((1, 5, 6, size), (1, 5, size), (1, 5, size))
+    )
+    assert torch.equal(fit(x, cos, sin, unsqueeze_dim=2), theirs(x, cos, sin, unsqueeze_dim=2))
+    assert torch.equal(fit(x.transpose(1, 2), cos, sin), theirs(x.transpose(1, 2), cos, sin))
+    assert torch.equal(fit(x.float(), cos, sin, unsqueeze_dim=2), theirs(x.float(), cos, sin, unsqueeze_dim=2))
 
 
 def test_another_rotary_embedding_is_left_alone(lib: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:

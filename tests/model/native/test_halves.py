@@ -19,19 +19,33 @@ from torch import Tensor
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.int8 import quantize
 from elastic_moe.model.native.attention import Rules, attend_apart
+from elastic_moe.model.native.block import Norm
 from elastic_moe.model.native.experts import NativeExperts
 from elastic_moe.model.native.linear import linear, pack, pack8
+from elastic_moe.model.rms_norm import LayerNorm
+from elastic_moe.model.states.recurrent import (
+    DeltaInputs,
+    SelectiveInputs,
+    Slots,
+    convolve,
+    delta_rule,
+    selective_update,
+)
 from tests.model.native.test_experts import GATES, draw, expert, in_form, module, routing
 from tests.paths import ROOT
 
 library_module = import_module("elastic_moe.model.native.library")
 """Not the function of that name."""
 SOURCES = (
+    "layer/trunk.cpp",
     "moe/experts.cpp",
     "products/forms.cpp",
     "products/four_bits.cpp",
     "products/linear.cpp",
     "products/tiles.cpp",
+    "states/convolution.cpp",
+    "states/delta.cpp",
+    "states/mamba2.cpp",
 )
 FLOATS = (ExpertForm.PLAIN, ExpertForm.FP8)
 """Forms whose sums are of floats, which differ in their last bits. Sums of integers are exact."""
@@ -176,3 +190,69 @@ lib = library()
 x = torch.ones(40, 64, dtype=torch.bfloat16)
 print(lib.emoe_tiles(-1), lib.emoe_tiles(1), bool((linear(x, pack(lib, x), None) == 64).all()))
 """
+
+
+@pytest.mark.parametrize("size", [40, 64])
+def test_both_normalise_alike(lib: ctypes.CDLL, avx2: ctypes.CDLL, size: int) -> None:
+    g = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(size, generator=g), torch.randn(size, generator=g)
+    formula = LayerNorm(weight=weight, bias=bias, epsilon=1e-5)
+    x = torch.randn(5, size, generator=g).bfloat16()
+    one, other = (Norm(lib=library, formula=formula)(x) for library in (lib, avx2))
+    assert near(one.float(), other.float())
+
+
+@pytest.mark.parametrize("size", [24, 64])
+@pytest.mark.parametrize("rule", ["selective", "delta"])
+def test_both_update_states_alike(lib: ctypes.CDLL, avx2: ctypes.CDLL, size: int, rule: str) -> None:
+    """Matrices [6, size] of each head: it has rows that no group of four takes."""
+    g = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    selective = SelectiveInputs(
+        x=draw(2, 4, 6).bfloat16(),
+        steps=draw(2, 4).bfloat16(),
+        read=draw(2, 2, size).bfloat16(),
+        written=draw(2, 2, size).bfloat16(),
+        rates=-draw(4).abs(),
+        shift=draw(4),
+        skip=draw(4),
+        softplus=True,
+    )
+    delta = DeltaInputs(
+        query=draw(2, 2, 6).bfloat16(),
+        key=draw(2, 2, 6).bfloat16(),
+        value=draw(2, 4, size).bfloat16(),
+        gates=-draw(2, 4).abs(),
+        beta=draw(2, 4).sigmoid(),
+        unit=True,
+    )
+    states = draw(4, 4, 6, size)
+    results = []
+    for library in (lib, avx2):
+        own = states.clone()
+        slots = Slots(states=own, sources=torch.tensor([0, 1]), targets=torch.tensor([2, 3]))
+        out = selective_update(library, selective, slots) if rule == "selective" else delta_rule(library, delta, slots)
+        results.append((out.float(), own))
+    assert all(near(one, other) for one, other in zip(*results, strict=True))
+    assert torch.equal(results[0][1][:2], states[:2])
+
+
+@pytest.mark.parametrize(("channels", "width"), [(40, 4), (64, 4), (40, 3)])
+def test_both_convolve_alike(lib: ctypes.CDLL, avx2: ctypes.CDLL, channels: int, width: int) -> None:
+    """By the formula too: the usual width has code of its own, but for channels that fill no register."""
+    g = torch.Generator().manual_seed(3)
+    x, bias = (torch.randn(shape, generator=g).bfloat16() for shape in ((2, channels), (channels,)))
+    weight = torch.randn(channels, width, generator=g).bfloat16()
+    states = torch.randn(4, channels, width, generator=g).bfloat16()
+    inputs = torch.cat((states[:2, :, 1:], x[:, :, None]), -1)
+    expected = (inputs.float() * weight.float()).sum(-1) + bias.float()
+    for library in (lib, avx2):
+        own = states.clone()
+        slots = Slots(states=own, sources=torch.tensor([0, 1]), targets=torch.tensor([2, 3]))
+        out = convolve(library, x, weight, bias, slots, silu=False)
+        assert torch.equal(own[2:], inputs)
+        assert torch.equal(own[:2], states[:2])
+        assert near(out.float(), expected)
