@@ -30,7 +30,13 @@ from elastic_moe.cluster.lines import ESCAPES
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.launch.console import close_curtain, describe_error
-from elastic_moe.deploy.launch.local_ray import END_TIMEOUT_S, ServerProcesses, check_port, check_shared_memory
+from elastic_moe.deploy.launch.local_ray import (
+    END_TIMEOUT_S,
+    ServerProcesses,
+    check_gpu,
+    check_port,
+    check_shared_memory,
+)
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.deploy.launch.supervision import TRY_AGAIN, Phase
 from elastic_moe.deploy.launch.supervisor import Report, supervised
@@ -69,6 +75,7 @@ class _Stop(BaseException):
 def serve(config: ServeConfig) -> int:
     """Serve until a signal comes. Blocks; returns the exit code, 0 after an orderly end. Raises UserError."""
     check_port(config.host, config.port)
+    check_gpu(config)
     if config.address is None:
         check_shared_memory()
     directory = RunDirectory.create()
@@ -196,7 +203,10 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
         from elastic_moe.optimizer.constants import load_constants
 
         # a coordinator that starts again later goes on without the file, and logs that
-        load_constants(Path(config.calibration))
+        try:
+            load_constants(Path(config.calibration))
+        except ConfigError as error:
+            raise ConfigError(f"calibration: {error}") from None
     return model_dir, info
 
 

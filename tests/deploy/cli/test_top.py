@@ -146,7 +146,7 @@ def test_one_group_is_asked_for(canned: Canned, answers: Answers, capsys: pytest
     with pytest.raises(ConfigError, match=r"--engine: .*: engine: expected 0 to 1, got 7"):
         ask(canned.url + "/admin/workers?engine=7", None)
     assert main([*top, "-1"]) == 2
-    assert "--engine: expected a number from 0, got -1" in capsys.readouterr().err
+    assert "--engine: expected 0 to 1000000, got '-1'" in capsys.readouterr().err
 
 
 def test_a_server_that_starts_is_read() -> None:
