@@ -264,7 +264,8 @@ class StepLoop:
     def _break(self, suspects: Sequence[WorkerId], reason: str) -> None:
         assert self._spec is not None
         self._broken = True
-        logger.warning("step %d of epoch %d failed: %s", self._step, self._spec.epoch, reason)
+        # the coordinator warns, once it knows who is lost
+        logger.info("step %d of epoch %d failed: %s", self._step, self._spec.epoch, reason)
         self._report(self._spec.epoch, suspects, reason)
 
     async def _give_up(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -254,11 +255,24 @@ def _watch(config: ServeConfig) -> None:
             print(line, file=sys.stderr, flush=True)
         if state is not None and state.error is not None:
             raise ServerFailed(state.error)
-        groups = _get(config, "/admin/engines")
-        count = len(groups) if isinstance(groups, list) else config.data_parallel_size
-        for group in range(count):
-            for line in news(_get(config, f"/admin/operations?engine={group}"), reported[group]):
-                print(f"group {group}: {line}" if count > 1 else line, file=sys.stderr, flush=True)
+        for line in all_news(lambda path: _get(config, path), reported):
+            print(line, file=sys.stderr, flush=True)
+
+
+def all_news(get: Callable[[str], Any], reported: defaultdict[int, set[str]]) -> list[str]:
+    """The `news` of every group. `get` returns the JSON at a path. Takes one question for each group, and one that is
+    answered without the cluster: groups come and go, and the first number that there is none of ends them."""
+    found: dict[int, list[str]] = {}
+    for group in itertools.count():
+        operations = get(f"/admin/operations?engine={group}")
+        # a group whose coordinator does not answer now is no reason to stop
+        if operations is None or (
+            isinstance(operations, dict) and operations.get("error", {}).get("param") == "engine"
+        ):
+            break
+        found[group] = news(operations, reported[group])
+    named = len(found) > 1
+    return [f"group {group}: {line}" if named else line for group, lines in found.items() for line in lines]
 
 
 class Silence:
