@@ -127,6 +127,11 @@ class StepLoop:
         """Make the loop look for work."""
         self._wake.set()
 
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch in force here, whether it has had a step or not; 0 before the first."""
+        return Epoch(0) if self._spec is None else self._spec.epoch
+
     async def change_epoch(self, spec: EpochSpec, infos: dict[WorkerId, WorkerInfo]) -> int:
         """Flip to a prepared epoch at the next step boundary. Returns how many requests had to leave their worker.
 
