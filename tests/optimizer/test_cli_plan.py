@@ -132,6 +132,10 @@ def test_compare_writes_a_table_and_figures(trace: Path, other: Path, tmp_path: 
     with (out / "table.csv").open(encoding="utf-8") as file:
         assert [row["planner"] for row in csv.DictReader(file)] == ["contiguous", "greedy", "auto"]
     table = (out / "table.md").read_text(encoding="utf-8")
+    explained = [
+        line for line in table.splitlines() if "what a step costs by the cost model, in us (microseconds)" in line
+    ]
+    assert len(explained) == 1
     assert table.count("\n|") == 4
     assert "`auto` moves at most 4 experts" in table
     for name in ("load.png", "pareto.png", "seconds.png", "gain.png"):
