@@ -18,7 +18,7 @@ from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.peers import Networks
-from elastic_moe.cluster.setting import checked, names, setting
+from elastic_moe.cluster.setting import DAY_S, MILLION, MOST_BYTES, checked, names, setting
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -28,6 +28,9 @@ PLANNERS = (
     "relief", "local_search", "ilp", "auto",
 )  # fmt: skip
 """The planners of optimizer/planner.py, which this package cannot import."""
+MOST_WORKERS = 4096
+MOST_TOKENS = 10**9
+"""Of one request. The model's own limit is below."""
 OWN_PATHS = ("v1", "admin", "page")
 """First parts of paths that have further parts."""
 
@@ -43,31 +46,33 @@ class ServeConfig:
         None, "name by which clients ask for the model; if not given, it is the name of the model's directory"
     )
     workers: int = setting(
-        2, "number of workers to start; each has one GPU, or an equal share of the CPU cores", at_least=1
+        2, "number of workers to start; each has one GPU, or an equal share of the CPU cores", within=(1, MOST_WORKERS)
     )
     min_workers: int | None = setting(
         None,
         "smallest number of workers that the autoscaler keeps; 1 if not given; with 0, all workers end after 20 times "
         "--autoscale-window without a request, and the next request waits until others have started",
-        at_least=0,
+        within=(0, MOST_WORKERS),
     )
     max_workers: int | None = setting(
-        None, "largest number of workers that the autoscaler asks for; if not given, there is no autoscaler", at_least=1
+        None,
+        "largest number of workers that the autoscaler asks for; if not given, there is no autoscaler",
+        within=(1, MOST_WORKERS),
     )
     autoscale_window: float = setting(
         15.0,
         "seconds over which the autoscaler averages the load; after a change it waits for 2 such windows before it "
         "adds workers, and for 8 before it removes some",
-        at_least=1,
+        within=(1, DAY_S),
     )
     data_parallel_size: int = setting(
         1,
         "number of groups of workers, each with an engine, all experts and --workers workers of its own; a request "
         "runs in one group, and goes on in another one if that is lost",
-        at_least=1,
+        within=(1, MOST_WORKERS),
     )
     host: str = setting("127.0.0.1", "address that the server listens on")
-    port: int = setting(8000, "port that the server listens on", at_least=1)
+    port: int = setting(8000, "port that the server listens on", within=(1, 65535))
     address: str | None = setting(
         None, "address of a Ray cluster to join; if not given, the server starts a Ray of its own on this machine"
     )
@@ -80,12 +85,12 @@ class ServeConfig:
         None,
         "bandwidth in Gb/s of the link of each worker, by which planners reckon; if not given, it is measured between "
         "workers of several nodes, and is an H100's elsewhere",
-        at_least=0.001,
+        within=(0.001, MILLION),
     )
     node_gbps: float | None = setting(
         None,
         "bandwidth in Gb/s of the link of each node, which its workers share; if not given, it is measured as well",
-        at_least=0.001,
+        within=(0.001, MILLION),
     )
     calibration: str | None = setting(
         None,
@@ -121,19 +126,24 @@ class ServeConfig:
     max_model_len: int | None = setting(
         None,
         "largest number of tokens of a prompt and its answer together; if not given, the model's own limit",
-        at_least=2,
+        within=(2, MOST_TOKENS),
+        scaled=True,
     )
-    max_num_seqs: int = setting(64, "largest number of requests that one worker runs at a time", at_least=1)
-    max_num_batched_tokens: int = setting(2048, "largest number of tokens that one worker runs in one step", at_least=1)
+    max_num_seqs: int = setting(64, "largest number of requests that one worker runs at a time", within=(1, MILLION))
+    max_num_batched_tokens: int = setting(
+        2048, "largest number of tokens that one worker runs in one step", within=(1, MILLION), scaled=True
+    )
     max_num_prefill_tokens: int | None = setting(
         None,
         "largest number of prompt tokens that one worker runs in a step in which other requests wait for their next "
         "token; if not given, as many as make such a step three quarters longer, or 40 ms where that is more",
-        at_least=1,
+        within=(1, MILLION),
     )
-    block_size: int = setting(16, "number of tokens in one block of the KV cache", at_least=1)
+    block_size: int = setting(16, "number of tokens in one block of the KV cache", within=(1, 4096))
     kv_cache_memory_bytes: int | None = setting(
-        None, "bytes of KV cache on each worker; if not given, they are computed from the free memory", at_least=1
+        None,
+        "bytes of KV cache on each worker; if not given, they are computed from the free memory",
+        within=(1, MOST_BYTES),
     )
     enforce_eager: bool = setting(
         False, "launch the kernels of a GPU's steps one by one, instead of as CUDA graphs that were recorded before"
@@ -145,13 +155,13 @@ class ServeConfig:
         None,
         "bytes that experts may take in the device of each worker, which is a GPU's memory or a CPU worker's; experts "
         "beyond it are read from disk when they are needed; if not given, the memory that the KV cache leaves free",
-        at_least=1,
+        within=(1, MOST_BYTES),
     )
     host_expert_memory_bytes: int | None = setting(
         None,
         "bytes of pinned memory that each GPU worker may use for experts that do not fit in its GPU; 0 uses none; if "
         "not given, a share of the node's free memory",
-        at_least=0,
+        within=(0, MOST_BYTES),
     )
     expert_cache_dir: str | None = setting(
         None,
@@ -164,10 +174,12 @@ class ServeConfig:
         choices=("lfru", "lru", "lfu", "lifo"),
     )
     redundant_experts: int = setting(
-        0, "number of additional slots per layer, over all workers, for replicas of experts", at_least=0
+        0, "number of additional slots per layer, over all workers, for replicas of experts", within=(0, MILLION)
     )
     rebalance_interval: float = setting(
-        60.0, "seconds between two checks of the placement of experts; 0 re-places experts only on request", at_least=0
+        60.0,
+        "seconds between two checks of the placement of experts; 0 re-places experts only on request",
+        within=(0, 30 * DAY_S),
     )
     planner: str = setting("auto", "planner that the periodic re-placement uses", choices=PLANNERS)
     solver: str = setting(
@@ -176,9 +188,9 @@ class ServeConfig:
     migration_bandwidth: float = setting(
         0.0,
         "largest rate, in MB/s, at which workers copy experts from one another while requests run; 0 sets no limit",
-        at_least=0,
+        within=(0, MILLION),
     )
-    plan_deadline: float = setting(10.0, "largest number of seconds that a planner may take", at_least=0.1)
+    plan_deadline: float = setting(10.0, "largest number of seconds that a planner may take", within=(0.1, DAY_S))
     standby: bool = setting(
         True,
         "keep one process ready, with everything but weights, for the next worker that starts; only on CPUs, and only "
@@ -188,61 +200,61 @@ class ServeConfig:
         60.0,
         "largest number of seconds that a step may take; once steps were measured, the limit is 10 times the slowest "
         "recent step, if that is less",
-        at_least=1,
+        within=(1, DAY_S),
     )
     heartbeat_timeout: float = setting(
-        5.0, "seconds without a sign of life after which a process counts as hung and is killed", at_least=0.5
+        5.0, "seconds without a sign of life after which a process counts as hung and is killed", within=(0.5, DAY_S)
     )
     recovery_timeout: float = setting(
         600.0,
         "seconds that running requests wait while no worker can serve them; after that they end with an error",
-        at_least=1,
+        within=(1, 30 * DAY_S),
     )
     stream_interval: int = setting(
         1,
         "tokens in each part of a streamed answer. The first token and the end are sent at once",
-        at_least=1,
+        within=(1, MILLION),
     )
     max_waiting_requests: int = setting(
         2048,
         "largest number of answers that wait for their first token; further requests are refused with status 503. One "
         "client may take at most three quarters of the places that the other clients leave. Each API replica counts "
         "its own",
-        at_least=1,
+        within=(1, MILLION),
     )
     api_replicas: int = setting(
         1,
         "number of API processes behind the proxy; a connection stays with one of them, and if that one dies, only its "
         "connections end",
-        at_least=1,
+        within=(1, 256),
     )
     max_stored_responses: int = setting(
         1000,
         "largest number of answers of /v1/responses that are kept after their end; the oldest go first, and 0 keeps "
         "none",
-        at_least=0,
+        within=(0, MILLION),
     )
     stored_responses_memory_bytes: int = setting(
-        256 << 20, "bytes that those answers may take together, with their conversations", at_least=1
+        256 << 20, "bytes that those answers may take together, with their conversations", within=(1, MOST_BYTES)
     )
     stored_responses_ttl: float = setting(
-        86400.0, "seconds after their end for which those answers are kept", at_least=1
+        86400.0, "seconds after their end for which those answers are kept", within=(1, 3650 * DAY_S)
     )
     drain_timeout: float = setting(
         30.0,
         "seconds that a worker's requests have to finish before the worker leaves; the rest moves to other workers",
-        at_least=0,
+        within=(0, DAY_S),
     )
     max_connections: int | None = setting(
         None,
         "largest number of open connections; if not given, as many as `ulimit -n` allows, and at most 16384",
-        at_least=1,
+        within=(1, MILLION),
     )
     max_connections_per_address: int = setting(
         1024,
         "largest number of open connections from one address; connections from this machine and from the addresses of "
         "--forwarded-allow-ips are not limited",
-        at_least=1,
+        within=(1, MILLION),
     )
     forwarded_allow_ips: str = setting(
         "127.0.0.1,::1",
@@ -298,13 +310,13 @@ class ServeConfig:
         "none leaves the reasoning in the answer; if not given, it is found in the checkpoint",
     )
     shutdown_timeout: float = setting(
-        30.0, "seconds that running requests have to finish when the server stops", at_least=0
+        30.0, "seconds that running requests have to finish when the server stops", within=(0, DAY_S)
     )
     handover_timeout: float = setting(
         120.0,
         "seconds that a redeployed model waits for the resources of its own workers, beside the old model, which "
         "serves meanwhile; after that the old model finishes its requests and ends first",
-        at_least=0,
+        within=(0, DAY_S),
     )
     log_level: str = setting(
         "info", "lowest level of the lines that are logged", choices=("debug", "info", "warning", "error")
@@ -328,8 +340,6 @@ class ServeConfig:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, checked(field, hints[field.name], getattr(self, field.name)))
-        if self.port > 65535:
-            raise ConfigError(f"port: expected 1 to 65535, got {self.port}")
         Networks.parse(self.forwarded_allow_ips)
         if self.expert_cache_dir is not None:
             # workers have other working directories

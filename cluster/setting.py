@@ -1,11 +1,12 @@
 """One setting of ServeConfig (cluster/config.py): how it is declared, read and checked.
 
-A field's metadata carries the help text, the least value and, where the values are few, the choices; the command line
-is made from it.
+A field's metadata carries the help text, the range of a number and, where the values are few, the choices; the command
+line is made from it. Flags of other verbs are read by the same functions.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -13,6 +14,8 @@ import re
 import reprlib
 import types
 import typing
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,109 @@ import yaml
 
 from elastic_moe.cluster.errors import ConfigError, why
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
+DAY_S = 86_400.0
+"""The longest wait that a setting may ask for, in seconds, unless it says another."""
+MOST_BYTES = 2**50
+"""A larger size is a mistake."""
+MILLION = 1_000_000
+"""The largest number of things that a setting may ask for, unless it says another."""
+
+MULTIPLES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+"""What follows any number, as in vLLM."""
+UNITS = {
+    "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
+}  # fmt: skip
+"""What follows bytes, in small or large letters."""
+SIZES = "bytes, or a size such as 8GB (10**9 each), 8GiB or 8G (2**30 each)"
+_SCALED = re.compile(r"(\d{1,30}(\.\d{1,30})?)\s*([A-Za-z]*)", re.ASCII)
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None) -> Any:
-    """A field of ServeConfig: its default, its text in --help, and the values that are allowed."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    within: tuple[float, float] | None = None,
+    scaled: bool = False,
+) -> Any:
+    """A field of ServeConfig: its default, its text in --help, and the values that are allowed. `within`: the
+    least and the largest number. scaled: it may be written as 32k, as bytes may be in any case."""
+    allowed = {"choices": choices, "within": within, "scaled": scaled}
+    return dataclasses.field(default=default, metadata={"help": help} | allowed)
 
 
-def bytes_with_unit(text: str) -> int | None:
-    """The bytes that a number and a unit stand for, such as 8GB; None for another text."""
-    found = _SIZE.fullmatch(text.strip())
-    return int(float(found[1]) * UNITS[found[2].upper()]) if found and found[2].upper() in UNITS else None
+def has_unit(field: dataclasses.Field[Any]) -> bool:
+    """Whether the field's number may be written with a unit or a multiple."""
+    return field.name.endswith("_bytes") or bool(field.metadata["scaled"])
+
+
+def forms_of(field: dataclasses.Field[Any]) -> str:
+    """What a number with a unit may look like, for messages."""
+    if field.name.endswith("_bytes"):
+        return SIZES
+    return "an integer, or one such as 32k (10**3 each) or 32K (2**10 each)"
+
+
+def with_unit(text: str, *, of_bytes: bool) -> int | None:
+    """The number that a text such as 4096, 32k or, of bytes, 8GB stands for; None for another text. No bit of a large
+    number is lost. A fraction takes no binary multiple of one letter, since 1.5K is 1.5k to many."""
+    found = _SCALED.fullmatch(text.strip())
+    if found is None:
+        return None
+    number, fraction, unit = found.groups()
+    if unit in MULTIPLES:
+        factor = None if fraction and unit.isupper() else MULTIPLES[unit]
+    else:
+        factor = 1 if not unit and not fraction else UNITS.get(unit.lower()) if of_bytes else None
+    return None if factor is None else int(Fraction(number) * factor)
+
+
+def is_within(value: float, bounds: tuple[float, float]) -> bool:
+    """A NaN is not."""
+    return bounds[0] <= value <= bounds[1]
+
+
+def range_text(bounds: tuple[float, float]) -> str:
+    """The range for a message, such as 0.1 to 86400."""
+    return " to ".join(str(int(bound)) if bound == int(bound) else f"{bound:g}" for bound in bounds)
+
+
+def number_flag(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], Any]:
+    """The `type` of a flag that takes a number from `least` to `most`."""
+    word = "an integer" if kind is int else "a number"
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {word}, got {reprlib.repr(text)}") from None
+        if not is_within(value, (least, most)):
+            raise argparse.ArgumentTypeError(f"expected {range_text((least, most))}, got {reprlib.repr(text)}")
+        return value
+
+    return read
+
+
+def size_flag(least: int, most: int) -> Callable[[str], int]:
+    """The `type` of a flag that takes bytes, with or without a unit."""
+
+    def read(text: str) -> int:
+        if (nbytes := with_unit(text, of_bytes=True)) is None:
+            raise argparse.ArgumentTypeError(f"expected {SIZES}, got {reprlib.repr(text)}")
+        if not is_within(nbytes, (least, most)):
+            raise argparse.ArgumentTypeError(f"expected {range_text((least, most))}, got {reprlib.repr(text)}")
+        return nbytes
+
+    return read
+
+
+def path_flag(text: str) -> Path:
+    """The `type` of a flag that takes a path. An empty one, as of a variable that is not set, is the working directory
+    to Path."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return Path(text)
 
 
 def base_type(hint: Any) -> type:
@@ -50,22 +143,25 @@ def checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         # an integer beyond the range of floats becomes infinity, which is refused below
         value = float(value) if abs(value) < 2**1000 else math.inf
-    if expected is int and isinstance(value, str) and field.name.endswith("_bytes"):
-        nbytes = bytes_with_unit(value)
-        value = value if nbytes is None else nbytes
     # a few lines of YAML can stand for a value of gigabytes, which must not be written out
     shown = reprlib.repr(value)
+    if expected is int and isinstance(value, str) and has_unit(field):
+        value = with_unit(value, of_bytes=field.name.endswith("_bytes"))
+        if value is None:
+            raise ConfigError(f"{field.name}: expected {forms_of(field)}, got {shown}")
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ConfigError(f"{field.name}: expected {expected.__name__}, got {shown}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{field.name}: expected a finite number, got {shown}")
+    if hint != expected and isinstance(value, str) and not value.strip():
+        # such as of a variable that is not set; as a path it would be the working directory
+        raise ConfigError(f"{field.name}: expected some text, got an empty one; leave it out for its default")
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise ConfigError(f"{field.name}: expected one of {', '.join(choices)}, got {shown}")
-    at_least = field.metadata["at_least"]
-    # written so that a NaN fails too
-    if at_least is not None and not value >= at_least:
-        raise ConfigError(f"{field.name}: expected at least {at_least:g}, got {shown}")
+    bounds = field.metadata["within"]
+    if bounds is not None and not is_within(typing.cast(float, value), bounds):
+        raise ConfigError(f"{field.name}: expected {range_text(bounds)}, got {shown}")
     return value
 
 

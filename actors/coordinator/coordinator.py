@@ -269,7 +269,7 @@ class Coordinator:
         await self._opened.wait()
         loop = self._require_loop()
         # an engine at rest hears that its workers have ended
-        level = logging.DEBUG if loop.state.facts.rests else logging.WARNING
+        level = logging.DEBUG if loop.state.facts.rests else logging.INFO
         names = ", ".join(suspects) or "none"
         logger.log(level, "epoch %d: a step failed (suspects: %s): %s", epoch, names, reason)
         loop.feed(StepFailed(epoch=epoch, suspects=tuple(suspects), reason=reason))

@@ -127,7 +127,7 @@ class Processes:
         return EngineLost(reason=reason)
 
     async def engine_epoch(self) -> Epoch | None:
-        """The epoch of the engine's last step; None if the engine does not answer."""
+        """The epoch in force at the engine; None if the engine does not answer."""
         if self.engine is None:
             return None
         try:

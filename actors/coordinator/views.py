@@ -11,7 +11,7 @@ import numpy as np
 from elastic_moe.cluster.control.state import ControlState, Reasons
 from elastic_moe.cluster.decisions import status as cluster_status
 from elastic_moe.cluster.errors import NotReadyError
-from elastic_moe.cluster.facts.facts import Facts, Outage
+from elastic_moe.cluster.facts.facts import Cause, Facts, Outage
 from elastic_moe.cluster.facts.links import Rates
 from elastic_moe.cluster.facts.membership import WorkerRecord, serves
 from elastic_moe.cluster.facts.operations import ENDED
@@ -58,9 +58,14 @@ class Outline:
 
 def log_changes(before: Outline, state: ControlState) -> None:
     facts = state.facts
-    if facts.outage is not None and (before.outage is None or facts.outage.reason != before.outage.reason):
-        level = logging.INFO if facts.rests else logging.WARNING
-        logger.log(level, "epoch %d does not serve: %s", facts.epoch, facts.outage.reason)
+    outage = facts.outage
+    if outage is not None and (
+        before.outage is None or (before.outage.reason, before.outage.cause) != (outage.reason, outage.cause)
+    ):
+        # of one dead worker the user reads one line: here that it is lost, and not before that a step failed
+        quiet = facts.rests or outage.cause is Cause.STEP
+        level, then = (logging.INFO, "") if quiet else (logging.WARNING, "; requests wait for the recovery")
+        logger.log(level, "epoch %d does not serve: %s%s", facts.epoch, outage.reason, then)
     if facts.epoch != before.epoch and facts.spec is not None:
         logger.info("epoch %d serves: %s over %s", facts.epoch, ", ".join(facts.ranks), facts.spec.transport)
         if not facts.spec.placement.all_resident:

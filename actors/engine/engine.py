@@ -144,11 +144,14 @@ class Engine:
         await asyncio.Event().wait()
 
     async def status(self) -> EngineStatus:
-        if self._scheduler is None or self._clients is None:
+        if self._scheduler is None or self._clients is None or self._loop is None:
             return EngineStatus()
         clients = self._clients
         return replace(
-            self._scheduler.status(), first_tokens=clients.first_tokens, first_tokens_s=clients.first_tokens_s
+            self._scheduler.status(),
+            epoch=self._loop.epoch,
+            first_tokens=clients.first_tokens,
+            first_tokens_s=clients.first_tokens_s,
         )
 
     # --- Called by API replicas ---------------------------------------------------------------------------------

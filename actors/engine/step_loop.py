@@ -127,6 +127,11 @@ class StepLoop:
         """Make the loop look for work."""
         self._wake.set()
 
+    @property
+    def epoch(self) -> Epoch:
+        """The epoch in force here, whether it has had a step or not; 0 before the first."""
+        return Epoch(0) if self._spec is None else self._spec.epoch
+
     async def change_epoch(self, spec: EpochSpec, infos: dict[WorkerId, WorkerInfo]) -> int:
         """Flip to a prepared epoch at the next step boundary. Returns how many requests had to leave their worker.
 
@@ -264,7 +269,8 @@ class StepLoop:
     def _break(self, suspects: Sequence[WorkerId], reason: str) -> None:
         assert self._spec is not None
         self._broken = True
-        logger.warning("step %d of epoch %d failed: %s", self._step, self._spec.epoch, reason)
+        # the coordinator warns, once it knows who is lost
+        logger.info("step %d of epoch %d failed: %s", self._step, self._spec.epoch, reason)
         self._report(self._spec.epoch, suspects, reason)
 
     async def _give_up(self) -> None:

@@ -267,7 +267,8 @@ class Scheduler:
         return len(self._book.requests)
 
     def status(self) -> EngineStatus:
-        """Totals count from the start; `steps` are committed ones, `prompt_tokens` counts each prompt once."""
+        """Without what the engine adds. Totals count from the start; `steps` are committed ones, `prompt_tokens` counts
+        each prompt once."""
         caches = self._caches.by_worker
         return EngineStatus(
             running={worker: len(cache.running) for worker, cache in caches.items()},
@@ -280,7 +281,6 @@ class Scheduler:
             generation_tokens=self._landing.generation_tokens,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
-            epoch=self._epoch,
         )
 
     def validate(self) -> None:

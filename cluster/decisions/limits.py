@@ -37,6 +37,19 @@ def check_limits(config: ServeConfig, info: ModelInfo) -> None:
         raise ConfigError(
             f"max_model_len: {config.max_model_len} is more than the {info.max_model_len} that the model allows"
         )
+    _check_cache(config, info)
+
+
+def _check_cache(config: ServeConfig, info: ModelInfo) -> None:
+    """Raises ConfigError for a KV cache that is too small for one request of full length. A worker, which knows more,
+    may refuse it all the same."""
+    tokens = config.max_model_len or info.max_model_len
+    least = info.kv_bytes(info.dtype if config.dtype == "auto" else config.dtype, tokens)
+    if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes < least:
+        raise ConfigError(
+            f"kv_cache_memory_bytes: expected at least {least}, room for one request of max_model_len ({tokens})"
+            f" tokens, got {config.kv_cache_memory_bytes}"
+        )
 
 
 def _check_weights(config: ServeConfig, info: ModelInfo) -> None:

@@ -74,6 +74,13 @@ class ModelInfo:
     """Bytes of those of the trunk's matrices that --trunk-dtype can round; see `trunk_bytes`."""
     trunk_packed_as: str | None = None
     """The format of the checkpoint's packed linear layers beside the experts; None if they are not packed."""
+    kv_layers: tuple[tuple[int, int | None], ...] = ()
+    """(numbers that the KV cache holds of a token, last tokens that are attended to or None for all) of each attention
+    layer. A worker that cannot compute with latents holds more."""
+
+    def kv_bytes(self, dtype: str, tokens: int) -> int:
+        """Fewest bytes of KV cache of one sequence of `tokens` tokens, served in `dtype`."""
+        return _ITEM_BYTES[dtype] * sum(numbers * min(window or tokens, tokens) for numbers, window in self.kv_layers)
 
     def form(self, expert_dtype: str, dtype: str, device: str, *, native: bool = True) -> ExpertForm:
         """The form of the experts for a setting of --expert-dtype. See `expert_form`, also for its errors."""

@@ -15,10 +15,11 @@ from starlette.responses import JSONResponse, Response
 
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.liveness import dry_run_timeout_s
-from elastic_moe.cluster.errors import ConfigError, NotReadyError, RequestError
+from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.facts.operations import new_operation_id
 from elastic_moe.cluster.messages.views import Operation, OperationKind, RebalancePreview, RoutingView, WorkerView
 from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.deploy.api.http_io import naming
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.backend import Group
 from elastic_moe.deploy.bodies.schema import EnginesRequest, RebalanceRequest, ScaleRequest
@@ -39,21 +40,21 @@ PLACEMENT: dict[str, Any] = {
 OPERATION = json_answer("The operation.", "operation_id", "kind", "phase", "reason")
 
 
-def engine_number(engine: str = Query("0", description="Number of the engine whose group is meant.")) -> int:
-    """The number in `?engine=N`, of which there may be no group. Raises RequestError where it is no number."""
-    if not (engine.isascii() and engine.isdigit() and len(engine) < 10):
-        raise RequestError(f"engine: expected a number, got {engine[:100]!r}", param="engine")
-    return int(engine)
+EngineText = Annotated[str, Query(alias="engine", description="Number of the group's engine, from 0.")]
 
 
-EngineNumber = Annotated[int, Depends(engine_number)]
+def engine_number(text: str, groups: int) -> int:
+    """The number in `?engine=N`, where there are so many groups. Raises RequestError for another text."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < groups):
+        raise RequestError(f"engine: expected 0 to {groups - 1}, got {text[:100]!r}", param="engine")
+    return int(text)
 
 
 def admin_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/admin")
 
-    def asked(engine: EngineNumber) -> Group:
-        return service.backend.group(engine)
+    def asked(engine: EngineText = "0") -> Group:
+        return service.backend.group(engine_number(engine, service.backend.num_groups))
 
     chosen = Depends(asked)
 
@@ -70,10 +71,8 @@ def admin_router(service: Service) -> APIRouter:
     async def resize(request: Request) -> Response:
         size = (await service.bodies.read(request, EnginesRequest)).data_parallel_size
         before = service.backend.wanted_groups
-        try:
+        with naming("data_parallel_size"):
             await service.backend.resize(size)
-        except ConfigError as error:
-            raise RequestError(str(error), param="data_parallel_size") from None
         return JSONResponse({"data_parallel_size": size, "data_parallel_size_before": before}, 202)
 
     @router.get("/placement", **described(answers={200: json_answer("Where the experts are.", *PLACEMENT["required"])}))
@@ -120,7 +119,8 @@ def admin_router(service: Service) -> APIRouter:
     async def operation(operation_id: str, group: Group = chosen) -> dict[str, Any]:
         found = await group.ask(Coordinator.operation, operation_id)
         if found is None:
-            raise RequestError(f"there is no operation {operation_id[:100]!r}", code="operation_not_found", status=404)
+            raise RequestError(f"there is no operation {operation_id[:100]!r}", param="operation_id",
+                               code="operation_not_found", status=404)  # fmt: skip
         return operation_json(found)
 
     preview = json_answer("What a dry run found.", "planner", "worthwhile", "reason", "moves", "bytes")
@@ -133,10 +133,11 @@ def admin_router(service: Service) -> APIRouter:
         empty = request.headers.get("content-length") == "0" or "content-type" not in request.headers
         none = empty and not await request.body()
         body = RebalanceRequest() if none else await service.bodies.read(request, RebalanceRequest)
-        if body.dry_run:
+        with naming("planner"):
+            if not body.dry_run:
+                return JSONResponse(operation_json(await group.ask(Coordinator.rebalance, body.planner)), 202)
             timeout_s = dry_run_timeout_s(service.config.plan_deadline)
             return JSONResponse(preview_json(await group.ask_within(timeout_s, Coordinator.preview, body.planner)))
-        return JSONResponse(operation_json(await group.ask(Coordinator.rebalance, body.planner)), 202)
 
     @router.get("/scale", **described(answers={200: json_answer("Numbers of workers.", "serving", "target")}))
     async def scaling(group: Group = chosen) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def admin_router(service: Service) -> APIRouter:
             raise RequestError("workers: expected workers, retire, or both", param="workers")
         retire = tuple(WorkerId(worker) for worker in body.retire or ())
         name = body.operation_id or new_operation_id(OperationKind.SCALE)
-        operation = await group.ask(Coordinator.scale, body.workers, retire, name, body.replace)
+        with naming("workers", "retire"):
+            operation = await group.ask(Coordinator.scale, body.workers, retire, name, body.replace)
         return JSONResponse(operation_json(operation), 202)
 
     return router

@@ -17,6 +17,7 @@ from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.facts.operations import ENDED, new_operation_id
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
+from elastic_moe.deploy.api.http_io import naming
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.backend import Group
 from elastic_moe.deploy.bodies.schema import ElasticEpRequest
@@ -37,6 +38,7 @@ def elastic_ep_router(service: Service) -> APIRouter:
         size = body.new_data_parallel_size or body.new_ep_size
         if size is None:
             raise RequestError("new_data_parallel_size: this field is required", param="new_data_parallel_size")
+        asked = "new_ep_size" if body.new_data_parallel_size is None else "new_data_parallel_size"
         groups = [backend.group(number) for number in range(backend.num_groups)]
         before = len((await groups[0].ask(Coordinator.placement)).placement.workers)
         name = new_operation_id(OperationKind.SCALE)
@@ -44,7 +46,8 @@ def elastic_ep_router(service: Service) -> APIRouter:
         refusals: dict[int, EmoeError] = {}
         for number, group in enumerate(groups):
             try:
-                operations[number] = await group.ask(Coordinator.scale, size, operation_id=name)
+                with naming(workers=asked):
+                    operations[number] = await group.ask(Coordinator.scale, size, operation_id=name)
             except EmoeError as error:
                 refusals[number] = error
         if refusals:

@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.messages.views import ClusterView, EngineStatus, Readiness, Revision
-from elastic_moe.deploy.api.admin import EngineNumber
+from elastic_moe.deploy.api.admin import EngineText, engine_number
 from elastic_moe.deploy.api.http_io import EventStream
 from elastic_moe.deploy.api.service import Service, version
 from elastic_moe.deploy.page.feed import Section, State, Totals, change, marks, sample, sections
@@ -264,11 +264,10 @@ def events_router(service: Service) -> APIRouter:
     hubs: dict[int, Hub] = {}
 
     @router.get("/admin/events", **described(answers={200: text_answer("Server-sent events.", "text/event-stream")}))
-    async def events(engine: EngineNumber) -> Response:
-        # raises where there is no such group
-        service.backend.group(engine)
-        if engine not in hubs:
-            hubs[engine] = Hub(service, engine=engine)
-        return hubs[engine].listen()
+    async def events(engine: EngineText = "0") -> Response:
+        number = engine_number(engine, service.backend.num_groups)
+        if number not in hubs:
+            hubs[number] = Hub(service, engine=number)
+        return hubs[number].listen()
 
     return router

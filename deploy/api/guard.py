@@ -22,6 +22,10 @@ from elastic_moe.deploy.api.http_io import error_response
 
 logger = logging.getLogger(__name__)
 
+API_KEY = "the server's API key (--api-key)"
+ADMIN_READ_KEY = "the server's admin read key (--admin-read-key) or its admin key"
+ADMIN_KEY = "the server's admin key (--admin-api-key)"
+
 READING = ("GET", "HEAD", "OPTIONS")
 POLICY_VIOLATION = 1008
 """The code with which a refused WebSocket is closed."""
@@ -112,9 +116,9 @@ class Guard:
             self._check_local(scope, headers)
         match access(scope["method"], scope["path"]):
             case Access.API_KEY if self._api_key is not None:
-                _check_key(headers, self._api_key)
+                _check_key(headers, API_KEY, self._api_key)
             case Access.ADMIN_READ_KEY if self._admin_read_key is not None:
-                _check_key(headers, self._admin_read_key, *filter(None, [self._admin_key]))
+                _check_key(headers, ADMIN_READ_KEY, self._admin_read_key, *filter(None, [self._admin_key]))
             case Access.ADMIN_KEY:
                 self._check_admin(headers)
 
@@ -131,7 +135,7 @@ class Guard:
 
     def _check_admin(self, headers: Headers) -> None:
         if self._admin_key is not None:
-            _check_key(headers, self._admin_key)
+            _check_key(headers, ADMIN_KEY, self._admin_key)
         elif not self._local_only:
             raise RequestError(
                 "admin calls that change something are off: the server is reachable from other machines and was "
@@ -161,14 +165,16 @@ class Guard:
         }
 
 
-def _check_key(headers: Headers, *keys: str) -> None:
-    """Raises RequestError 401 unless one of `keys` was sent."""
+def _check_key(headers: Headers, called: str, *keys: str) -> None:
+    """Raises RequestError 401, which says by `called` what key the call needs, unless one of `keys` was sent."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not given.strip():
-        raise RequestError("no API key: send it as 'Authorization: Bearer KEY'", code="invalid_api_key", status=401)
+        raise RequestError(
+            f"no key: this call needs {called}, sent as 'Authorization: Bearer KEY'", code="invalid_api_key", status=401
+        )
     right = [secrets.compare_digest(given.strip().encode(), key.encode()) for key in keys]
     if not any(right):
-        raise RequestError("the API key is wrong", code="invalid_api_key", status=401)
+        raise RequestError(f"the key is wrong: this call needs {called}", code="invalid_api_key", status=401)
 
 
 def _is_own_origin(headers: Headers) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -35,6 +35,21 @@ class ClientGone(Exception):
 
 def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@contextlib.contextmanager
+def naming(*fields: str, **others: str) -> Iterator[None]:
+    """A refusal of the cluster's, whose message begins with a field's name, names the field in `param` too.
+
+    `fields`: those of the request. `others`: where the request has another name for it than the cluster.
+    """
+    try:
+        yield
+    except RequestError:
+        raise
+    except UserError as error:
+        name = str(error).partition(":")[0]
+        raise RequestError(str(error), param=others.get(name, name if name in fields else None)) from None
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:

@@ -7,6 +7,7 @@ being read or decoded have a limit together, so that a burst of them takes a bou
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from elastic_moe.cluster.errors import RequestError
 from elastic_moe.deploy.bodies import json_text
 from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.schema import BodyT, parse
+from elastic_moe.deploy.bodies.unknown import UnknownFields
 
 MAX_BODY_BYTES = 8 * 2**20
 DISCARD_BYTES = 8 * MAX_BODY_BYTES
@@ -32,15 +34,18 @@ class Bodies:
     def __init__(self, aside: Aside) -> None:
         self._aside = aside
         self._under_way_bytes = 0
+        self._unknown = UnknownFields()
 
     async def read(self, request: Request, kind: type[BodyT]) -> BodyT:
         """The validated body. Raises RequestError: 413 for more than MAX_BODY_BYTES, 415 for another type than JSON,
         503 while too many large bodies are being read, and 400 for a fault in the body."""
         with self._counted() as counted:
             body = await self._read(request, counted)
-            if len(body) < LARGE_BYTES:
-                return parse(kind, json_text.decode(body))
-            return await self._aside.parse(kind, body)
+            small = len(body) < LARGE_BYTES
+            parsed = parse(kind, json_text.decode(body)) if small else await self._aside.parse(kind, body)
+        if parsed.unknown:
+            self._unknown.seen(parsed.unknown, request.url.path, time.monotonic())
+        return parsed
 
     async def read_json(self, request: Request) -> Any:
         """The body as plain values. Raises RequestError as `read` does."""

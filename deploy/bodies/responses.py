@@ -202,8 +202,13 @@ class ResponsesRequest(Body):
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
         }
 
+    @classmethod
+    def known(cls) -> frozenset[str]:
+        """vLLM's further sampling fields count too: they are those of a chat."""
+        return super().known() | ChatCompletionRequest.known()
+
     def _extras(self) -> dict[str, Any]:
-        """vLLM's further sampling fields: they are those of a chat."""
+        """vLLM's further sampling fields."""
         known = {*ChatCompletionRequest.model_fields, *ChatCompletionRequest.UNSUPPORTED} - {*OWN}
         return {name: value for name, value in (self.model_extra or {}).items() if name in known}
 

@@ -1,7 +1,8 @@
 """The fields of request bodies: OpenAI's, the ones that vLLM adds, and those that are refused.
 
 Types are strict: "1" is not a number, and 1 is not a boolean. Unknown fields are ignored, as in vLLM, because clients
-send them in good faith. A known field that would change the answer and is not supported is refused by its name.
+send them in good faith; the log names them (unknown.py). A known field that would change the answer and is not
+supported is refused by its name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from elastic_moe.deploy.bodies.faults import request_error
 from elastic_moe.deploy.bodies.json_text import type_name
 from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.bodies.tools import ToolFields, check_choice, check_history
+from elastic_moe.deploy.bodies.unknown import HARMLESS
 
 
 def _whole(value: object) -> object:
@@ -69,6 +71,7 @@ class SamplingFields(StructuredFields):
         "prompt_embeds": (),
     }
 
+    HARMLESS: ClassVar[frozenset[str]] = HARMLESS
     PROMPT: ClassVar[str] = "prompt"
     """The field that holds the prompt."""
 
@@ -334,7 +337,7 @@ class ElasticEpRequest(Body):
 
     new_data_parallel_size: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     new_ep_size: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    drain_timeout: Annotated[int, Field(ge=1)] = 120
+    drain_timeout: Annotated[int, Field(ge=1, le=86400)] = 120
     """Seconds to wait for the end of the operation."""
 
 
@@ -361,7 +364,7 @@ def parse(kind: type[BodyT], data: object) -> BodyT:
             raise RequestError(f"{name}: not supported by this server", param=name, code="unsupported_parameter")
     if isinstance(body, SamplingFields):
         _check_together(body)
-    return body
+    return body.compared_with(data)
 
 
 def _check_together(body: SamplingFields) -> None:

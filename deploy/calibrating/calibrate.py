@@ -72,9 +72,6 @@ class Checked:
 
 def run_calibrate(args: argparse.Namespace) -> int:
     """Measure, fit, check, and write the constants. Returns the exit code."""
-    for name in ("step_tokens", "steps", "turns"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(args, name)}")
     info = open_checkpoint(args.model).info
     dtype = info.dtype if args.dtype == "auto" else args.dtype
     form = info.form(args.expert_dtype, dtype, "cpu")

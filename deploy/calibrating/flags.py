@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from elastic_moe.cluster.setting import MILLION, number_flag, path_flag
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS
 
@@ -21,18 +21,24 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "model", nargs="?", type=Path, default=MODEL_DIR, metavar="MODEL_DIR",
+        "model", nargs="?", type=path_flag, default=MODEL_DIR, metavar="MODEL_DIR",
         help="directory of the model (the built-in model)",
     )  # fmt: skip
     parser.add_argument(
-        "--workers", type=int, nargs="+", default=[2], metavar="N", help="numbers of workers to measure with (2)"
-    )
+        "--workers", type=number_flag(int, 2, 64), nargs="+", default=[2], metavar="N",
+        help="numbers of workers to measure with (2)",
+    )  # fmt: skip
     parser.add_argument(
-        "--step-tokens", type=int, default=DEFAULT_STEP_TOKENS, metavar="N",
+        "--step-tokens", type=number_flag(int, 1, MILLION), default=DEFAULT_STEP_TOKENS, metavar="N",
         help=f"prompt tokens of a step, of all workers ({DEFAULT_STEP_TOKENS})",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps under a placement in a turn (3)")
-    parser.add_argument("--turns", type=int, default=6, metavar="N", help="turns over all placements (6)")
+    parser.add_argument(
+        "--steps", type=number_flag(int, 1, 10_000), default=3, metavar="N",
+        help="steps under a placement in a turn (3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--turns", type=number_flag(int, 1, 10_000), default=6, metavar="N", help="turns over all placements (6)"
+    )
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="as for `emoe serve` (auto)"
     )
@@ -46,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--trunk-dtype", default="auto", choices=("auto", "bfloat16", "int8"), help="as for `emoe serve` (auto)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.json",
+        "--out", type=path_flag, metavar="FILE.json",
         help="file for the constants, for `emoe serve --calibration` (the one that `emoe serve` of this model reads)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object for each number of workers")

@@ -6,6 +6,9 @@ import json
 import urllib.error
 import urllib.request
 
+URL = "http://127.0.0.1:8000"
+"""Where a server is that was started without --host and --port."""
+
 MOST_BYTES = 64 << 20
 """Most bytes of an answer that are read. 64 workers of 58 layers with 256 experts make less than a megabyte."""
 

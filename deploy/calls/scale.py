@@ -10,8 +10,10 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from elastic_moe.cluster.config import MOST_WORKERS
 from elastic_moe.cluster.errors import ConfigError, UserError
-from elastic_moe.deploy.calls.requests import message_of, request_with_key
+from elastic_moe.cluster.setting import number_flag
+from elastic_moe.deploy.calls.requests import URL, message_of, request_with_key
 
 TIMEOUT_S = 60.0
 """Seconds to wait for one answer of the server."""
@@ -26,12 +28,22 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "Without a change, print the groups.",
         allow_abbrev=False,
     )
-    scale.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (http://127.0.0.1:8000)")
-    scale.add_argument("--api-key", metavar="KEY", help="the admin's key, for a server that asks for one")
-    scale.add_argument("--data-parallel-size", type=int, metavar="N", help="number of groups afterwards")
-    scale.add_argument("--workers", type=int, metavar="N", help="number of workers of the group afterwards")
+    scale.add_argument("--url", default=URL, metavar="URL", help=f"address of the server ({URL})")
+    scale.add_argument("--api-key", metavar="KEY", help="the server's --admin-api-key, if it has one")
+    scale.add_argument(
+        "--data-parallel-size", type=number_flag(int, 1, MOST_WORKERS), metavar="N", help="number of groups afterwards"
+    )
+    scale.add_argument(
+        "--workers",
+        type=number_flag(int, 0, MOST_WORKERS),
+        metavar="N",
+        help="number of workers of the group afterwards",
+    )
     scale.add_argument("--retire", action="append", metavar="WORKER", help="a worker to retire; may be repeated")
-    scale.add_argument("--engine", type=int, default=0, metavar="N", help="number of the group that is meant (0)")
+    scale.add_argument(
+        "--engine", type=number_flag(int, 0, MOST_WORKERS - 1), metavar="N",
+        help="number of the group that is changed (0), and listed (all)",
+    )  # fmt: skip
     scale.set_defaults(run=run_scale)
 
 
@@ -39,18 +51,32 @@ def run_scale(args: argparse.Namespace) -> int:
     """Raises UserError with what the server says against it."""
     url = args.url.rstrip("/")
     change = {name: getattr(args, name) for name in ("workers", "retire") if getattr(args, name) is not None}
-    if args.data_parallel_size is not None and change:
-        raise ConfigError("--data-parallel-size: cannot be changed in one call with --workers or --retire")
     if args.data_parallel_size is not None:
+        if change or args.engine is not None:
+            raise ConfigError(
+                "--data-parallel-size: cannot be given with --workers, --retire or --engine, which are about one group"
+            )
         told = _call(f"{url}/admin/engines", args.api_key, {"data_parallel_size": args.data_parallel_size})
         print(f"from {told['data_parallel_size_before']} to {told['data_parallel_size']} groups")
     elif change:
-        told = _call(f"{url}/admin/scale?engine={args.engine}", args.api_key, change)
+        told = _call(f"{url}/admin/scale?engine={args.engine or 0}", args.api_key, change)
         print(f"operation {told['operation_id']}: {told['reason']}")
-    for engine in _call(f"{url}/admin/engines", args.api_key):
-        state = "retiring" if engine["retiring"] else "ready" if engine["ready"] else "not ready"
-        print(f"group {engine['engine']}: {state}, {engine['workers']} workers, {engine['running']} running requests")
+    engines = _call(f"{url}/admin/engines", args.api_key)
+    if args.engine is not None and args.engine >= len(engines):
+        raise ConfigError(f"--engine: expected 0 to {len(engines) - 1}, got {args.engine}")
+    for engine in engines:
+        if args.engine in (None, engine["engine"]):
+            print(_line(engine))
     return 0
+
+
+def _line(engine: Mapping[str, Any]) -> str:
+    """A group in a line. The server leaves out what it cannot tell now, such as of a group that starts."""
+    parts = ["retiring" if engine["retiring"] else "ready" if engine["ready"] else f"not ready: {engine['reason']}"]
+    for name, noun in (("workers", "worker"), ("running", "running request")):
+        if (number := engine[name]) is not None:
+            parts.append(f"{number} {noun}{'' if number == 1 else 's'}")
+    return f"group {engine['engine']}: " + ", ".join(parts)
 
 
 def _call(url: str, api_key: str | None, body: Mapping[str, Any] | None = None) -> Any:

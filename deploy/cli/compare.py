@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -163,9 +162,9 @@ def run_simulate(args: argparse.Namespace) -> int:
         planner=args.planner,
         solver=args.solver,
         deadline_s=args.deadline,
-        interval_s=_positive("interval", args.interval),
-        window_s=_positive("window", args.window),
-        tokens_per_s=_positive("rate", args.rate),
+        interval_s=args.interval,
+        window_s=args.window,
+        tokens_per_s=args.rate,
         move_share=move_share(args),
         semantics=Semantics(args.semantics),
         links=Links(worker_gbps=args.worker_gbps, node_gbps=args.node_gbps),
@@ -203,12 +202,6 @@ def _replay_caches(args: argparse.Namespace, trace: Trace, workers: tuple[Worker
         drawn = save(args.out, rows, _drawn)
         print(f"caches.csv {'and figures are' if drawn else 'is'} in {args.out}", file=sys.stderr)
     return 0
-
-
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ConfigError(f"--{name}: expected a positive number, got {value}")
-    return value
 
 
 def _summary(looks: list[Look]) -> dict[str, Any]:

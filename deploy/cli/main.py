@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import reprlib
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError, UserError, why
 from elastic_moe.cluster.keys import with_keys
-from elastic_moe.cluster.setting import base_type, bytes_with_unit, read_yaml
+from elastic_moe.cluster.setting import base_type, forms_of, has_unit, path_flag, read_yaml, with_unit
 from elastic_moe.deploy.calibrating import flags as calibrating
 from elastic_moe.deploy.calls import scale as cli_scale
 from elastic_moe.deploy.cli import plan as cli_plan
@@ -32,16 +33,16 @@ from elastic_moe.model.checkpoints.raw import read_configuration
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong; argparse would print the whole usage before it."""
+    """A parser that raises UserError for what is wrong; argparse would print the whole usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"emoe: error: {message}\n")
+        raise UserError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         return int(args.run(args) or 0)
     except UserError as error:
         print(f"emoe: error: {error}", file=sys.stderr)
@@ -89,7 +90,9 @@ def _add_serve(verbs: Any) -> None:
     )
     serve.set_defaults(run=_serve)
     serve.add_argument("model", nargs="?", metavar="MODEL_DIR", help=_help("model"), default=argparse.SUPPRESS)
-    serve.add_argument("--config", metavar="FILE.yaml", type=Path, help="file with settings, one key for each flag")
+    serve.add_argument(
+        "--config", metavar="FILE.yaml", type=path_flag, help="file with settings, one key for each flag"
+    )
     hints = typing.get_type_hints(ServeConfig)
     for field in dataclasses.fields(ServeConfig):
         if field.name == "model":
@@ -103,11 +106,10 @@ def _add_serve(verbs: Any) -> None:
                 help=_help(field.name),
             )
             continue
-        sized = kind is int and field.name.endswith("_bytes")
-        shown = "BYTES" if sized else kind.__name__.upper().replace("STR", "TEXT")
+        shown = "BYTES" if field.name.endswith("_bytes") else kind.__name__.upper().replace("STR", "TEXT")
         serve.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=_size if sized else kind,
+            type=_scaled(field) if has_unit(field) else kind,
             choices=field.metadata["choices"] or None,
             metavar=None if field.metadata["choices"] else shown,
             # absent rather than None, so that a flag that was not given does not hide the file's value
@@ -116,15 +118,16 @@ def _add_serve(verbs: Any) -> None:
         )
 
 
-def _size(text: str) -> int:
-    """Bytes: a number, or one with a unit such as 8GB."""
-    nbytes = bytes_with_unit(text)
-    if nbytes is None:
-        try:
-            return int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected bytes, or a size such as 8GB, got {text!r}") from None
-    return nbytes
+def _scaled(field: dataclasses.Field[Any]) -> Callable[[str], int]:
+    """Reads a number that may have a unit, such as 8GB or 32k."""
+
+    def read(text: str) -> int:
+        number = with_unit(text, of_bytes=field.name.endswith("_bytes"))
+        if number is None:
+            raise argparse.ArgumentTypeError(f"expected {forms_of(field)}, got {reprlib.repr(text)}")
+        return number
+
+    return read
 
 
 def _add_cluster_env(verbs: Any) -> None:

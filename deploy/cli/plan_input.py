@@ -23,10 +23,13 @@ from elastic_moe.optimizer.study.traces import Trace, load_trace
 
 
 def choose_workers(args: argparse.Namespace, old: Placement | None, num_experts: int) -> tuple[Worker, ...]:
-    """The workers of --from, unless --workers asks for others."""
+    """The workers of --from, unless --workers asks for others. Raises ConfigError for more than there are experts."""
     if args.workers is None and old is not None:
         return old.workers
     number = DEFAULT_WORKERS if args.workers is None else args.workers
+    if number > num_experts + args.redundant:
+        most = f"{num_experts}, the experts of a layer" + (", and --redundant" if args.redundant else "")
+        raise ConfigError(f"--workers: expected at most {most}, since every worker holds one at least; got {number}")
     return make_workers(number, nodes=args.nodes, num_experts=num_experts, redundant=args.redundant)
 
 
@@ -112,8 +115,6 @@ def move_budget(args: argparse.Namespace, problem: PlacementProblem) -> int | No
 def move_share(args: argparse.Namespace) -> float | None:
     """The largest share of all experts that may move; None sets no limit."""
     share = MOVE_SHARE if args.move_share is None else args.move_share
-    if not 0 <= share <= 1:
-        raise ConfigError(f"--move-share: expected 0 to 1, got {share}")
     return None if share == 1 else float(share)
 
 

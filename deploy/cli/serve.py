@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -30,7 +31,13 @@ from elastic_moe.cluster.lines import ESCAPES
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.launch.console import close_curtain, describe_error
-from elastic_moe.deploy.launch.local_ray import END_TIMEOUT_S, ServerProcesses, check_port, check_shared_memory
+from elastic_moe.deploy.launch.local_ray import (
+    END_TIMEOUT_S,
+    ServerProcesses,
+    check_gpu,
+    check_port,
+    check_shared_memory,
+)
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.deploy.launch.supervision import TRY_AGAIN, Phase
 from elastic_moe.deploy.launch.supervisor import Report, supervised
@@ -69,6 +76,7 @@ class _Stop(BaseException):
 def serve(config: ServeConfig) -> int:
     """Serve until a signal comes. Blocks; returns the exit code, 0 after an orderly end. Raises UserError."""
     check_port(config.host, config.port)
+    check_gpu(config)
     if config.address is None:
         check_shared_memory()
     directory = RunDirectory.create()
@@ -196,7 +204,10 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
         from elastic_moe.optimizer.constants import load_constants
 
         # a coordinator that starts again later goes on without the file, and logs that
-        load_constants(Path(config.calibration))
+        try:
+            load_constants(Path(config.calibration))
+        except ConfigError as error:
+            raise ConfigError(f"calibration: {error}") from None
     return model_dir, info
 
 
@@ -244,11 +255,24 @@ def _watch(config: ServeConfig) -> None:
             print(line, file=sys.stderr, flush=True)
         if state is not None and state.error is not None:
             raise ServerFailed(state.error)
-        groups = _get(config, "/admin/engines")
-        count = len(groups) if isinstance(groups, list) else config.data_parallel_size
-        for group in range(count):
-            for line in news(_get(config, f"/admin/operations?engine={group}"), reported[group]):
-                print(f"group {group}: {line}" if count > 1 else line, file=sys.stderr, flush=True)
+        for line in all_news(lambda path: _get(config, path), reported):
+            print(line, file=sys.stderr, flush=True)
+
+
+def all_news(get: Callable[[str], Any], reported: defaultdict[int, set[str]]) -> list[str]:
+    """The `news` of every group. `get` returns the JSON at a path. Takes one question for each group, and one that is
+    answered without the cluster: groups come and go, and the first number that there is none of ends them."""
+    found: dict[int, list[str]] = {}
+    for group in itertools.count():
+        operations = get(f"/admin/operations?engine={group}")
+        # a group whose coordinator does not answer now is no reason to stop
+        if operations is None or (
+            isinstance(operations, dict) and operations.get("error", {}).get("param") == "engine"
+        ):
+            break
+        found[group] = news(operations, reported[group])
+    named = len(found) > 1
+    return [f"group {group}: {line}" if named else line for group, lines in found.items() for line in lines]
 
 
 class Silence:

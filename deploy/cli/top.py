@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import math
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from elastic_moe.cluster.errors import ConfigError, UserError
-from elastic_moe.deploy.calls.requests import MOST_BYTES, message_of, request_with_key
+from elastic_moe.cluster.setting import DAY_S, MILLION, number_flag
+from elastic_moe.deploy.calls.requests import MOST_BYTES, URL, message_of, request_with_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,16 +35,22 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add the verb; the parser's `run` takes the parsed arguments and returns the exit code."""
     what = "watch a server's workers, the load of their experts, and what moves"
     top = subparsers.add_parser("top", help=what, description=what.capitalize() + ".", allow_abbrev=False)
-    top.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (http://127.0.0.1:8000)")
+    top.add_argument("--url", default=URL, metavar="URL", help=f"address of the server ({URL})")
     top.add_argument("--api-key", metavar="KEY", help="sent with every question, for a server that asks for one")
     top.add_argument(
         "--engine",
-        type=int,
+        type=number_flag(int, 0, MILLION),
         metavar="N",
         help="number of the group whose workers and figures are shown; without it, figures are of all groups, and the "
         "rest is of group 0",
     )
-    top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (1)")
+    top.add_argument(
+        "--interval",
+        type=number_flag(float, 0.1, DAY_S),
+        default=1.0,
+        metavar="SECONDS",
+        help="seconds between two looks (1)",
+    )
     top.add_argument("--once", action="store_true", help="look twice, print what was seen, and end")
     top.set_defaults(run=run_top)
 
@@ -54,10 +60,6 @@ def run_top(args: argparse.Namespace) -> int:
     parts = urlsplit(args.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--url: expected http://HOST:PORT, got {args.url!r}")
-    if not 0.1 <= args.interval < math.inf:
-        raise ConfigError(f"--interval: expected at least 0.1 seconds, got {args.interval}")
-    if args.engine is not None and args.engine < 0:
-        raise ConfigError(f"--engine: expected a number from 0, got {args.engine}")
     from rich.console import Console
 
     from elastic_moe.deploy.cli.top_view import render

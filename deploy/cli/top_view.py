@@ -50,12 +50,12 @@ def render(view: View, *, width: int, height: int) -> RenderableType:
     """The whole picture, for a terminal of `width` columns and `height` lines."""
     return Group(
         _head(view),
-        _figures(view),
-        _cluster(view),
+        _figures(view, width),
+        _cluster(view, width),
         Text(),
         _workers(view.now, width=width, most=max(2, height - BESIDE_WORKERS)),
         Text(),
-        _operations(view.now.operations),
+        _operations(view.now.operations, width),
     )
 
 
@@ -80,7 +80,7 @@ def _head(view: View) -> Text:
     return head
 
 
-def _figures(view: View) -> Text:
+def _figures(view: View, width: int) -> Text:
     now, before, metrics = view.now, view.before, view.now.metrics
     figures = [
         ("tokens/s", count(rate(before, now, "vllm:generation_tokens_total"))),
@@ -93,13 +93,13 @@ def _figures(view: View) -> Text:
         ("steps/s", count(rate(before, now, "emoe:steps_total"))),
         ("balance", percent(metrics.get("emoe:balancedness"))),
     ]
-    line = _pairs(figures)
+    line = _pairs(figures, width)
     if view.trend:
         line.append(f"\ntokens/s  {trend(view.trend[-TREND_SHOWN:])}  up to {count(max(view.trend[-TREND_SHOWN:]))}")
     return line
 
 
-def _cluster(view: View) -> Text:
+def _cluster(view: View, width: int) -> Text:
     scale, metrics = view.now.scale, view.now.metrics
     workers = "-" if scale is None else f"{scale.serving} of {scale.target}, {scale.min_workers} to {scale.max_workers}"
     line = _pairs(
@@ -109,18 +109,27 @@ def _cluster(view: View) -> Text:
             ("resumed", count(metrics.get("emoe:requests_resumed_total"))),
             ("experts moved", count(metrics.get("emoe:experts_moved_total"))),
             ("in bytes", size(metrics.get("emoe:bytes_moved_total"))),
-        ]
+        ],
+        width,
     )
     if scale is not None and scale.autoscaler is not None:
         line.append(f"\nautoscaler  {printable(scale.autoscaler)}")
     return line
 
 
-def _pairs(pairs: Sequence[tuple[str, str]]) -> Text:
-    line = Text()
+def _pairs(pairs: Sequence[tuple[str, str]], width: int) -> Text:
+    """Names and values in as many lines as it takes. A name and its value stay together."""
+    line, used = Text(), 0
     for name, value in pairs:
+        size = len(name) + 1 + len(value)
+        if used and used + size > width:
+            line.rstrip()
+            line.append("\n")
+            used = 0
         line.append(f"{name} ", "bright_black")
         line.append(f"{value}  ", "bold")
+        used += size + 2
+    line.rstrip()
     return line
 
 
@@ -188,32 +197,53 @@ def _worker(worker: SeenWorker, slots: str, load: FloatArray | None) -> dict[str
     return cells
 
 
-def _operations(operations: Sequence[Operation]) -> RenderableType:
+def _operations(operations: Sequence[Operation], width: int) -> RenderableType:
+    """The newest operations. A narrow terminal shows fewer, and the reason of each in a line of its own."""
     if not operations:
         return Text("no operation yet", "bright_black")
-    shown = operations[:OPERATIONS_SHOWN]
-    table = Table(box=None, padding=(0, 1), header_style="bright_black", pad_edge=False, expand=True)
+    narrow = width < WIDE
+    shown = operations[: OPERATIONS_SHOWN // 2 if narrow else OPERATIONS_SHOWN]
     # without a width, a long reason would take the room of the other columns
     name = min(24, max(len("operation"), *(len(operation.operation_id) for operation in shown)))
-    table.add_column("operation", no_wrap=True, min_width=name, max_width=name)
-    table.add_column("kind", no_wrap=True, min_width=9)
-    table.add_column("phase", no_wrap=True, min_width=10)
-    table.add_column("done", justify="right", no_wrap=True, min_width=4)
-    table.add_column("why", no_wrap=True, ratio=1)
-    for operation in shown:
+    whole = _operation_table(name, wide=not narrow)
+    parts: list[RenderableType] = [whole]
+    for number, operation in enumerate(shown):
         colour = "red" if operation.phase is Phase.FAILED else "" if operation.phase in ENDED else "yellow"
-        leaving = ""
-        if operation.retiring:
-            state = "may go" if operation.safe_to_terminate else "leaving"
-            leaving = f" ({', '.join(operation.retiring)} {state})"
-        table.add_row(
+        cells = [
             Text(printable(operation.operation_id)),
             Text(operation.kind),
             Text(operation.phase, colour),
             Text(percent(operation.progress)),
-            Text(printable((operation.error or operation.reason) + leaving)),
-        )
+        ]
+        if not narrow:
+            whole.add_row(*cells, _why(operation))
+            continue
+        # a table of its own, because the line between has no columns
+        table = whole if not number else _operation_table(name, wide=False, head=False)
+        table.add_row(*cells)
+        reason = Text("  ").append_text(_why(operation))
+        reason.truncate(width, overflow="ellipsis")
+        parts += [reason] if table is whole else [table, reason]
+    return Group(*parts)
+
+
+def _operation_table(name: int, *, wide: bool, head: bool = True) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="bright_black", pad_edge=False, expand=wide, show_header=head)
+    table.add_column("operation", no_wrap=True, min_width=name, max_width=name)
+    table.add_column("kind", no_wrap=True, min_width=9)
+    table.add_column("phase", no_wrap=True, min_width=10)
+    table.add_column("done", justify="right", no_wrap=True, min_width=4)
+    if wide:
+        table.add_column("why", no_wrap=True, ratio=1)
     return table
+
+
+def _why(operation: Operation) -> Text:
+    leaving = ""
+    if operation.retiring:
+        state = "may go" if operation.safe_to_terminate else "leaving"
+        leaving = f" ({', '.join(operation.retiring)} {state})"
+    return Text(printable((operation.error or operation.reason) + leaving))
 
 
 # --- Small parts ------------------------------------------------------------------------------------------------

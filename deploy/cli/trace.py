@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cluster.errors import ConfigError, why
+from elastic_moe.cluster.setting import MILLION, number_flag, path_flag
 from elastic_moe.deploy.launch.builtin import MODEL_DIR, trace_names, trace_path
 
 if TYPE_CHECKING:
@@ -29,18 +30,28 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     record.add_argument(
         "text",
         nargs="+",
-        type=Path,
+        type=path_flag,
         metavar="FILE",
         help='a *.jsonl file has one request per line, an object with a "prompt"; another file is cut into requests',
     )
     record.add_argument(
-        "--model", type=Path, default=MODEL_DIR, metavar="MODEL_DIR", help="directory of the model (the built-in model)"
+        "--model",
+        type=path_flag,
+        default=MODEL_DIR,
+        metavar="MODEL_DIR",
+        help="directory of the model (the built-in model)",
     )
-    record.add_argument("--out", type=Path, required=True, metavar="TRACE.npz", help="file for the trace")
+    record.add_argument("--out", type=path_flag, required=True, metavar="TRACE.npz", help="file for the trace")
     record.add_argument(
-        "--request-tokens", type=int, default=256, metavar="N", help="tokens of a request that is cut from a text (256)"
+        "--request-tokens",
+        type=number_flag(int, 1, MILLION),
+        default=256,
+        metavar="N",
+        help="tokens of a request that is cut from a text (256)",
     )
-    record.add_argument("--max-tokens", type=int, metavar="N", help="largest number of tokens to record (all)")
+    record.add_argument(
+        "--max-tokens", type=number_flag(int, 1, 10**12), metavar="N", help="largest number of tokens to record (all)"
+    )
     record.set_defaults(run=run_record)
     listing = verbs.add_parser("list", help="list the built-in model's traces", allow_abbrev=False)
     listing.set_defaults(run=run_list)
@@ -55,8 +66,6 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_record(args: argparse.Namespace) -> int:
     """Record a trace, and write it."""
-    if args.request_tokens < 1 or (args.max_tokens is not None and args.max_tokens < 1):
-        raise ConfigError("--request-tokens, --max-tokens: expected 1 or more")
     # before the imports, which take ten seconds
     texts = [(path, _text(path)) for path in args.text]
     from tqdm import tqdm

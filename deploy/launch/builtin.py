@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.setting import path_flag
 
 NOTICE = "No model directory was given: serving the built-in model, which writes well-formed nonsense."
 """The line that a user of the built-in model reads at the start."""
@@ -27,6 +28,7 @@ MODEL = ModelInfo(
     eos_token_ids=(0,),
     dtype="bfloat16",
     matrix_bytes=1179648,
+    kv_layers=((128, None),) * 6,
 )
 """What `open_checkpoint` would return for the model. It stands here because that call takes five seconds of imports."""
 
@@ -44,7 +46,7 @@ def trace_path(text: str) -> Path:
     Raises argparse.ArgumentTypeError for an unknown subject.
     """
     if not text.startswith(_PREFIX):
-        return Path(text)
+        return path_flag(text)
     name = text.removeprefix(_PREFIX)
     if name not in trace_names():
         known = ", ".join(_PREFIX + name for name in trace_names())

@@ -14,7 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import NoReturn
 
 ERRORS = {
-    400: ("the request is not valid HTTP, or did not arrive whole", "invalid_http"),
+    # HAProxy gives a client up that shuts its side of the connection down before it has the answer, as one that left
+    400: (
+        "the request is not valid HTTP, did not arrive whole, or its connection was closed for writing before the "
+        "answer",
+        "invalid_http",
+    ),
     403: ("the request is refused", "forbidden"),
     408: ("the request did not arrive in time", "request_timeout"),
     413: ("the request is too large", "request_too_large"),

@@ -21,7 +21,7 @@ import psutil
 
 from elastic_moe.actors.names import NAMESPACE
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import UserError, why
+from elastic_moe.cluster.errors import ConfigError, UserError, why
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.deploy.launch import ray_private
 from elastic_moe.deploy.launch.console import keep_ray_lines
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 APP_NAME = "emoe"
 LEAST_SHARED_BYTES = 16 << 20
 """Free shared memory without which a server does not start."""
+GPU_DEVICES = ("nvidiactl", "nvidia0", "dxg", "kfd", "nvhost-gpu", "nvgpu")
+"""Files of /dev by which programs reach GPUs: NVIDIA's, those of Windows' host, AMD's, and those of NVIDIA's boards."""
 DRAIN_ANSWER_S = 10.0
 """Seconds that the coordinator has to say how many requests are left."""
 END_TIMEOUT_S = 5.0
@@ -259,6 +261,19 @@ def check_answers(address: str) -> None:
     except (OSError, OverflowError) as error:
         todo = "`ray up` or `ray start --head` starts a Ray"
         raise UserError(f"--address: cannot join {address}: {why(error)} ({todo})") from None
+
+
+def check_gpu(config: ServeConfig, devices: str = "/dev") -> None:
+    """Raises ConfigError where --device cuda asks for GPUs, and this machine has no driver of any, or hides them all.
+
+    Whether a GPU works is left to Ray and PyTorch.
+    """
+    if config.device != "cuda" or config.address is not None:
+        return
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
+        raise ConfigError("device: expected a GPU for cuda, but CUDA_VISIBLE_DEVICES hides them")
+    if not any(os.path.exists(os.path.join(devices, name)) for name in GPU_DEVICES):
+        raise ConfigError("device: expected a GPU for cuda, but this machine has no driver of one")
 
 
 def check_shared_memory(path: str = "/dev/shm") -> None:

@@ -44,7 +44,7 @@ def run_cache(
     problem = problem_from_trace(profile, workers, expert_bytes=args.expert_bytes, tokens_per_step=batch)
     times = CacheTimes(
         compute_s=_compute_s(problem),
-        fetch_s=fetch_s("disk-gbps", args.disk_gbps, args.expert_bytes),
+        fetch_s=fetch_s(args.disk_gbps, args.expert_bytes),
         expert_bytes=args.expert_bytes * trace.num_layers,
     )
     rows: list[CacheRow] = []

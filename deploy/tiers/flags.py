@@ -9,7 +9,7 @@ import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.facts.tiering import cache_slots_of
-from elastic_moe.cluster.setting import bytes_with_unit
+from elastic_moe.cluster.setting import MILLION, MOST_BYTES, number_flag, size_flag, with_unit
 from elastic_moe.optimizer.baselines.heuristics import greedy_table
 from elastic_moe.optimizer.core.cost import price_table
 from elastic_moe.optimizer.core.problem import BITS, GIGA, PlacementProblem
@@ -33,16 +33,16 @@ def tier_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--disk-gbps",
-        type=float,
+        type=number_flag(float, 0.001, MILLION),
         default=DEFAULT_DISK_GBPS,
-        metavar="G",
+        metavar="GBPS",
         help=f"rate at which experts come from disk, in Gb/s ({DEFAULT_DISK_GBPS:g})",
     )
     parser.add_argument(
         "--host-gbps",
-        type=float,
+        type=number_flag(float, 0.001, MILLION),
         default=DEFAULT_HOST_GBPS,
-        metavar="G",
+        metavar="GBPS",
         help=f"rate at which experts come from the host's memory, in Gb/s ({DEFAULT_HOST_GBPS:g})",
     )
     parser.add_argument(
@@ -52,14 +52,14 @@ def tier_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kv-sequence-bytes",
-        type=int,
-        metavar="N",
+        type=size_flag(1, MOST_BYTES),
+        metavar="BYTES",
         help="bytes of KV cache of one sequence: an expert stays in fast memory only if it is worth the sequences that "
         "have no room then (the KV cache has memory of its own)",
     )
     parser.add_argument(
         "--step-tokens",
-        type=int,
+        type=number_flag(int, 1, MILLION),
         metavar="N",
         help="tokens of a step of all workers, which say how many experts it needs (1024; 8 with --cache)",
     )
@@ -81,8 +81,8 @@ def memories(args: argparse.Namespace, workers: int, layers: int) -> tuple[Worke
     memory = WorkerMemory(
         device_experts=device,
         host_experts=host,
-        disk_fetch_s=fetch_s("disk-gbps", args.disk_gbps, args.expert_bytes),
-        host_fetch_s=fetch_s("host-gbps", args.host_gbps, args.expert_bytes),
+        disk_fetch_s=fetch_s(args.disk_gbps, args.expert_bytes),
+        host_fetch_s=fetch_s(args.host_gbps, args.expert_bytes),
         cache_slots=cache_slots_of(device // layers),
     )
     return (memory,) * workers
@@ -97,33 +97,27 @@ def with_kv_price(args: argparse.Namespace, problem: PlacementProblem) -> Placem
         return problem
     if not problem.memory:
         raise ConfigError("--kv-sequence-bytes: it shares the memory of --device-experts, which is not given")
-    if args.kv_sequence_bytes < 1:
-        raise ConfigError(f"--kv-sequence-bytes: expected at least 1, got {args.kv_sequence_bytes}")
     step_s = price_table(problem, greedy_table(problem, np.random.default_rng(0))).step_s
     each = kv_price_s(step_s, problem.tokens_per_step, args.expert_bytes, args.kv_sequence_bytes)
     return replace(problem, memory=tuple(replace(memory, resident_s=each) for memory in problem.memory))
 
 
-def fetch_s(flag: str, gbps: float, expert_bytes: int) -> float:
-    """Seconds to bring one expert. Raises ConfigError for a rate that is not positive."""
-    if not 0 < gbps < float("inf"):
-        raise ConfigError(f"--{flag}: expected a positive number, got {gbps}")
+def fetch_s(gbps: float, expert_bytes: int) -> float:
+    """Seconds to bring one expert."""
     return expert_bytes * BITS / (gbps * GIGA)
 
 
 def step_tokens(args: argparse.Namespace, default: int) -> int:
-    """The tokens of a step. Raises ConfigError for less than one."""
-    if args.step_tokens is None:
-        return default
-    if args.step_tokens < 1:
-        raise ConfigError(f"--step-tokens: expected at least 1, got {args.step_tokens}")
-    return int(args.step_tokens)
+    """The tokens of a step of all workers."""
+    return default if args.step_tokens is None else int(args.step_tokens)
 
 
 def _experts(flag: str, given: str, layers: int, expert_bytes: int) -> int:
     """Experts over all layers: a plain number is for each layer, and one with a unit is the bytes of all."""
-    if given.strip().isdigit():
-        return int(given) * layers
-    if (nbytes := bytes_with_unit(given)) is not None:
-        return nbytes // max(expert_bytes, 1)
-    raise ConfigError(f"--{flag}: expected a number of experts, or bytes with a unit such as 8GB, got {given!r}")
+    number = with_unit(given, of_bytes=True)
+    if number is None:
+        raise ConfigError(f"--{flag}: expected a number of experts, or bytes with a unit such as 8GB, got {given!r}")
+    experts = number * layers if given.strip().isdecimal() else number // max(expert_bytes, 1)
+    if experts > MOST_BYTES:
+        raise ConfigError(f"--{flag}: expected at most {MOST_BYTES} experts of all layers, got {given!r}")
+    return experts

@@ -135,6 +135,7 @@ def _planned(
         packed_as=_packed_as(of_experts, tensors),
         matrix_bytes=matrix_bytes,
         trunk_packed_as=_packed_as(conversion.trunk, tensors),
+        kv_layers=tuple((layer.numbers, layer.window) for layer in shape.kv),
     )
     return Checkpoint(
         path=path,

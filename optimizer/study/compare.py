@@ -167,4 +167,21 @@ def markdown(rows: Iterable[Row]) -> str:
     columns = _COLUMNS + subjects + (_TIER_COLUMNS if any(row.replayed_waits for row in rows) else ())
     lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return (
+        "\n".join(lines) + "\n\n" + _explained(subjects=bool(subjects), tiers=len(columns) > len(_COLUMNS + subjects))
+    )
+
+
+def _explained(*, subjects: bool, tiers: bool) -> str:
+    """What the columns are, in one line below the table."""
+    text = (
+        "load, fan-out (workers per token and layer), same worker (share of a token's transitions) and cross node"
+        " (share of its hops) are counted on the test tokens; step: what a step costs by the cost model, in us"
+        " (microseconds), on the tokens that the planner saw, with a margin for load that may shift (profiled), and on"
+        " the test tokens, without (test)"
+    )
+    if subjects:
+        text += ", and on each trace by itself"
+    if tiers:
+        text += "; misses: share of accesses; fetches waited for: per step, by the slowest worker"
+    return text + "; gap: to the lower bound of the profiled cost; seconds: of planning.\n"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement, PlacementError
-from elastic_moe.cluster.setting import read_yaml
+from elastic_moe.cluster.setting import base_type, range_text, read_yaml, with_unit
 
 GOOD: dict[str, Any] = {
     "num_logical_experts": 2,
@@ -57,6 +59,59 @@ def test_the_directory_of_experts_does_not_depend_on_where_a_worker_runs(tmp_pat
     monkeypatch.setenv("HOME", "/home/me")
     assert ServeConfig(expert_cache_dir="experts").expert_cache_dir == str(tmp_path / "experts")
     assert ServeConfig(expert_cache_dir="~/experts").expert_cache_dir == "/home/me/experts"
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(ServeConfig), ids=lambda field: field.name)
+def test_each_number_has_bounds(field: dataclasses.Field[Any]) -> None:
+    """A timeout of 1e30 seconds was taken, and what waited for it never ended."""
+    kind = base_type(typing.get_type_hints(ServeConfig)[field.name])
+    if kind not in (int, float):
+        assert field.metadata["within"] is None
+        return
+    least, most = field.metadata["within"]
+    assert field.default is None or least <= field.default <= most
+    for value in (most + 1, least - 1, -1, 10**30, -(10**30)):
+        with pytest.raises(ConfigError, match=f"^{field.name}: expected {range_text((least, most))}, got "):
+            ServeConfig(**{field.name: kind(value)})
+
+
+@pytest.mark.parametrize("name", [n for n, hint in typing.get_type_hints(ServeConfig).items() if hint == str | None])
+def test_an_empty_text_is_no_setting(name: str) -> None:
+    """Of a variable that is not set. As a path it was the working directory."""
+    with pytest.raises(ConfigError, match=f"^{name}: expected some text, got an empty one"):
+        ServeConfig(**{name: " "})
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("4096", 4096), ("1k", 1000), ("1K", 1024), ("25.6k", 25_600), ("1G", 2**30), ("2t", 2 * 10**12)),
+        *(("1kB", 1000), ("1KB", 1000), ("1 kb", 1000), ("1KiB", 1024), ("1.5MiB", 3 << 19), ("8Gi", 8 << 30)),
+        # a float has no more than 53 bits
+        *(("9007199254740993", 2**53 + 1), ("900719925474.0993kB", 900719925474099), ("1125899906842623B", 2**50 - 1)),
+    ],
+)
+def test_sizes(text: str, number: int) -> None:
+    assert number > 2**50 or ServeConfig(expert_memory_bytes=text).expert_memory_bytes == number
+    assert with_unit(text, of_bytes=True) == number
+
+
+@pytest.mark.parametrize(
+    "text", ["", "k", "1.5", "1.5K", "1e9", "-1", "0x10", "1 000", "1Q", "8GBs", "\u0663", "1" * 40]
+)
+def test_texts_that_are_no_size(text: str) -> None:
+    assert with_unit(text, of_bytes=True) is None
+    with pytest.raises(ConfigError, match=r"^expert_memory_bytes: expected bytes, or a size such as 8GB"):
+        ServeConfig(expert_memory_bytes=text)
+
+
+def test_tokens_take_multiples_and_no_bytes() -> None:
+    assert ServeConfig(max_model_len="32k", max_num_batched_tokens="8K").max_model_len == 32_000
+    for text in ("32kB", "1.5K"):
+        with pytest.raises(ConfigError, match=r"^max_model_len: expected an integer, or one such as 32k"):
+            ServeConfig(max_model_len=text)
+    with pytest.raises(ConfigError, match=r"^workers: expected int, got '2'"):
+        ServeConfig(workers="2")
 
 
 PIECES = (

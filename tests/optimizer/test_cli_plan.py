@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -19,8 +19,13 @@ from elastic_moe.optimizer.study.generate import generate_trace
 from elastic_moe.optimizer.study.traces import save_trace
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
 def emoe(*words: object) -> int:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_parsers(parser.add_subparsers(required=True))
     args = parser.parse_args([str(word) for word in words])
     return int(args.run(args))
@@ -127,6 +132,10 @@ def test_compare_writes_a_table_and_figures(trace: Path, other: Path, tmp_path: 
     with (out / "table.csv").open(encoding="utf-8") as file:
         assert [row["planner"] for row in csv.DictReader(file)] == ["contiguous", "greedy", "auto"]
     table = (out / "table.md").read_text(encoding="utf-8")
+    explained = [
+        line for line in table.splitlines() if "what a step costs by the cost model, in us (microseconds)" in line
+    ]
+    assert len(explained) == 1
     assert table.count("\n|") == 4
     assert "`auto` moves at most 4 experts" in table
     for name in ("load.png", "pareto.png", "seconds.png", "gain.png"):
@@ -167,6 +176,17 @@ def test_simulate_prints_and_draws(
         (("plan", "absent.npz"), "absent.npz"),
         (("plan", "TRACE", "--workers", 0), "workers"),
         (("plan", "TRACE", "--nodes", 9), "nodes"),
+        # a worker without an expert was planned for, and the planner took minutes
+        (
+            ("plan", "TRACE", "--workers", 9),
+            "--workers: expected at most 8, the experts of a layer, since every worker",
+        ),
+        (("plan", "TRACE", "--workers", 11, "--redundant", 2), "--workers: expected at most 8, .* and --redundant"),
+        (("plan", "TRACE", "--deadline", 1e30), "--deadline: expected 0.001 to 86400, got '1e[+]30'"),
+        (("plan", "TRACE", "--horizon", "inf"), "--horizon: expected 0.001 to"),
+        # Path takes it for the working directory
+        (("plan", "TRACE", "--out", ""), "--out: expected a path, got an empty text"),
+        (("plan", ""), "TRACE.npz: expected a path, got an empty text"),
         (("plan", "TRACE", "--redundant", -1), "redundant"),
         (("plan", "TRACE", "--redundant", 100_000), "redundant: expected 0 to"),
         (("plan", "TRACE", "--experts", 3), "the model has 3"),
@@ -183,10 +203,10 @@ def test_simulate_prints_and_draws(
         (("plan", "TRACE", "--from", "absent.json"), "^absent.json: No such file or directory$"),
         (("plan", "TRACE", "--from", "TRACE"), "trace.npz: not JSON"),
         (("plan", "TRACE", "--planner", "greedy", "--out", "absent/x.json"), "absent/x.json"),
-        (("plan", "TRACE", "--worker-gbps", "nan"), "worker_gbps"),
+        (("plan", "TRACE", "--worker-gbps", "nan"), "worker-gbps"),
         (("evaluate", "TRACE", "TRACE"), "trace.npz"),
         (("compare", "TRACE", "--planners", "best", "--out", "x"), "planners"),
-        (("simulate", "TRACE", "--rate", "-1"), "rate"),
+        (("simulate", "TRACE", "--rate", "-1"), "rate: expected 0.001 to"),
         (("simulate", "TRACE", "--interval", "1e9"), "less than one interval"),
     ],
 )
@@ -282,13 +302,16 @@ def test_caches_of_a_few_experts_are_measured_once_and_named_by_their_true_share
         (("--device-experts", "many"), "--device-experts: expected a number of experts, or bytes with a unit such as"),
         (("--device-experts", "1KB"), "--device-experts: expected room for at least one expert in each of 3 layers"),
         (("--host-experts", 2), "--host-experts: it adds to --device-experts, which is not given"),
-        (("--device-experts", 2, "--disk-gbps", 0), "--disk-gbps: expected a positive number, got 0"),
+        (("--device-experts", 2, "--disk-gbps", 0), "--disk-gbps: expected 0.001 to 1000000, got '0'"),
         (
             ("--kv-sequence-bytes", 9),
             "--kv-sequence-bytes: it shares the memory of --device-experts, which is not given",
         ),
-        (("--device-experts", 2, "--kv-sequence-bytes", 0), "--kv-sequence-bytes: expected at least 1, got 0"),
-        (("--step-tokens", 0), "--step-tokens: expected at least 1, got 0"),
+        (
+            ("--device-experts", 2, "--kv-sequence-bytes", 0),
+            "--kv-sequence-bytes: expected 1 to 1125899906842624, got '0'",
+        ),
+        (("--step-tokens", 0), "--step-tokens: expected 1 to 1000000, got '0'"),
     ],
 )
 def test_wrong_tiers_are_refused(trace: Path, words: tuple[object, ...], said: str) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -227,6 +227,13 @@ FLAGS = {
     "--semantics": ["follow"],
     "--planner": ["greedy", "random", "eplb", "contiguous", "local_search"],
 }
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
 words = st.dictionaries(st.sampled_from(list(FLAGS)), st.integers(0, 9), max_size=3)
 
 
@@ -239,10 +246,10 @@ def test_planning_with_any_flags_ends_in_a_plan_or_a_line(
     save_trace(path, generate_trace(num_layers=2, num_experts=4, top_k=2, num_tokens=60, num_themes=2))
     picked = {"--planner": "greedy", "--deadline": "0.01"}
     picked |= {flag: FLAGS[flag][n % len(FLAGS[flag])] for flag, n in chosen.items()}
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_parsers(parser.add_subparsers(required=True))
-    args = parser.parse_args(["plan", str(path), "--json", *(f"{flag}={value}" for flag, value in picked.items())])
     try:
+        args = parser.parse_args(["plan", str(path), "--json", *(f"{flag}={value}" for flag, value in picked.items())])
         args.run(args)
     except UserError as error:
         one_line(error)

@@ -556,3 +556,17 @@ def test_an_engine_begins_to_serve_with_the_first_epoch_that_it_is_told_of() -> 
         await asyncio.sleep(0.01)
 
     asyncio.run(scenario())
+
+
+def test_the_status_tells_the_epoch_before_its_first_step() -> None:
+    """A coordinator that comes back asks for it to know whether a flip was done, and so does the metric."""
+
+    async def scenario(c: Cluster, client: Client) -> None:
+        engine = Engine(ServeConfig(), None)  # type: ignore[arg-type]
+        assert (await engine.status()).epoch == 0
+        engine._loop, engine._clients, engine._scheduler = c.loop, c.clients, c.scheduler
+        assert (await engine.status()).epoch == 1
+        await c.begin_epoch("a")
+        assert (await engine.status()).epoch == 2
+
+    run(("a", "b"), scenario)

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from elastic_moe.cluster.errors import RequestError
-from tests.deploy.api.test_app import error
+from tests.deploy.api.asking import error
 from tests.deploy.api.test_openai_client import LETTERS
 from tests.deploy.fakes import FakeBackend
 from tests.deploy.listening import Server

@@ -15,6 +15,8 @@ from elastic_moe.deploy.cli.main import main
 ENGINES = [
     {"engine": 0, "ready": True, "retiring": False, "workers": 2, "running": 3},
     {"engine": 1, "ready": True, "retiring": True, "workers": 2, "running": 0},
+    {"engine": 2, "ready": False, "reason": "starting", "retiring": False, "workers": None, "running": None},
+    {"engine": 3, "ready": True, "retiring": False, "workers": 1, "running": 1},
 ]
 
 
@@ -56,7 +58,10 @@ def url() -> Iterator[str]:
 
 def test_groups_and_workers_are_changed(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scale", "--url", url]) == 0
-    listed = "group 0: ready, 2 workers, 3 running requests\ngroup 1: retiring, 2 workers, 0 running requests\n"
+    listed = (
+        "group 0: ready, 2 workers, 3 running requests\ngroup 1: retiring, 2 workers, 0 running requests\n"
+        "group 2: not ready: starting\ngroup 3: ready, 1 worker, 1 running request\n"
+    )
     assert capsys.readouterr().out == listed
     assert main(["scale", "--url", url, "--data-parallel-size", "2", "--api-key", "k"]) == 0
     assert capsys.readouterr().out == "from 1 to 2 groups\n" + listed
@@ -68,10 +73,17 @@ def test_groups_and_workers_are_changed(url: str, capsys: pytest.CaptureFixture[
     ]
 
 
+def test_one_group_is_listed(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "--url", url, "--engine", "1"]) == 0
+    assert capsys.readouterr().out == "group 1: retiring, 2 workers, 0 running requests\n"
+
+
 def test_mistakes_are_told(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["--url", url, "--workers", "9"], "workers: expected 1 to 4, got 9"),
-        (["--url", url, "--workers", "2", "--data-parallel-size", "2"], "--data-parallel-size: cannot be changed"),
+        (["--url", url, "--workers", "2", "--data-parallel-size", "2"], "--data-parallel-size: cannot be given"),
+        (["--url", url, "--engine", "7"], "--engine: expected 0 to 3, got 7"),
+        (["--url", url, "--engine", "-1"], "--engine: expected 0 to 4095, got '-1'"),
         (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9/admin/engines: "),
         (["--url", "nowhere"], "nowhere/admin/engines: not an answer"),
     ):

@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.deploy.cli import main as cli
 from elastic_moe.deploy.cli.serve import news
+from elastic_moe.deploy.launch.local_ray import check_gpu
 from tests.model.random_checkpoint import make_random_checkpoint
 from tests.paths import ROOT
 from tests.programs import emoe_forked
@@ -66,13 +68,32 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
         (["serve", "--device", "tpu"], "--device"),
         (["serve", "--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
         (["serve", "--planner", "best"], "--planner"),
-        (["serve", "--expert-memory-bytes", "8GX"], "expected bytes, or a size such as 8GB, got '8GX'"),
+        (["serve", "--expert-memory-bytes", "8GX"], "--expert-memory-bytes: expected bytes, or a size such as 8GB"),
+        (["serve", "--step-timeout", "1e30"], "step_timeout: expected 1 to 86400, got 1e+30"),
+        (["serve", "--max-model-len", "32q"], "--max-model-len: expected an integer, or one such as 32k"),
+        (["serve", "--calibration", ""], "calibration: expected some text, got an empty one"),
+        (["serve", "--config", ""], "--config: expected a path, got an empty text"),
         (["serve", "--tool-call-parser", "foo"], "tool_call_parser: expected one of deepseek_v3, "),
         (["sevre"], "sevre"),
     ],
 )
 def test_mistakes_are_reported_before_anything_starts(args: list[str], says: str) -> None:
     assert says in one_line(emoe(*args))
+
+
+def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray was started first, and the reason was printed twice."""
+    (tmp_path / "nvidiactl").touch()
+    wanted = ServeConfig(device="cuda")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check_gpu(wanted, str(tmp_path))
+    check_gpu(ServeConfig(), str(tmp_path / "none"))
+    check_gpu(dataclasses.replace(wanted, address="auto"), str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="device: expected a GPU for cuda, but this machine has no driver of one"):
+        check_gpu(wanted, str(tmp_path / "none"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match=r"device: .* but CUDA_VISIBLE_DEVICES hides them"):
+        check_gpu(wanted, str(tmp_path))
 
 
 def test_the_command_alone_shows_its_verbs() -> None:
@@ -153,6 +174,12 @@ def test_the_example_for_serve_deploy() -> None:
     application = schema.applications[0]
     ServeConfig.from_mapping(application.args, source="args")
     assert application.import_path == "elastic_moe.deploy.launch.serve_app:build_app"
+
+
+def test_a_calibration_that_is_not_there() -> None:
+    result = emoe("serve", "--calibration", "/no/such/file")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[1:] == ["emoe: error: calibration: /no/such/file: No such file or directory"]
 
 
 def test_a_port_in_use() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.deploy.cli import serve as cli_serve
-from elastic_moe.deploy.cli.serve import ServerFailed, Silence, StartFailed
+from elastic_moe.deploy.cli.serve import ServerFailed, Silence, StartFailed, all_news
 from elastic_moe.deploy.launch import local_ray
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.deploy.launch.supervision import TRY_AGAIN
@@ -120,3 +121,24 @@ def test_the_reason_of_a_crash_is_found_above_its_stack(tmp_path: Path) -> None:
     assert cli_serve._last_words(path) == "Failed to connect to GCS within 60 s"
     path.write_text("one\n\nSegmentation fault\n")
     assert cli_serve._last_words(path) == "Segmentation fault"
+
+
+def test_groups_are_followed_without_a_question_to_all_of_them() -> None:
+    """/admin/engines, which asks every coordinator and engine, was asked every two seconds."""
+    ended = {"operation_id": "recover-2", "kind": "recover", "phase": "completed", "reason": "w0 lost", "error": None}
+    none: dict[str, Any] = {"error": {"param": "engine", "code": None}}
+    asked: list[str] = []
+    groups: list[Any] = [[ended]]
+
+    def get(path: str) -> Any:
+        asked.append(path)
+        number = int(path.partition("=")[2])
+        return groups[number] if number < len(groups) else none
+
+    reported: defaultdict[int, set[str]] = defaultdict(set)
+    assert all_news(get, reported) == ["recover-2 completed: w0 lost"]
+    assert asked == ["/admin/operations?engine=0", "/admin/operations?engine=1"]
+    # one is added, and the coordinator of the first one does not answer for a moment
+    groups[:] = [{"error": {"param": None, "code": "not_ready"}}, [ended]]
+    assert all_news(get, reported) == ["group 1: recover-2 completed: w0 lost"]
+    assert all_news(lambda path: None, reported) == []

@@ -52,7 +52,7 @@ def test_settings_come_from_the_environment(tmp_path: Path) -> None:
     ("environ", "named"),
     [
         ({"EMOE_MAX_CONNECTIONS_PER_ADDRESS": "many"}, "EMOE_MAX_CONNECTIONS_PER_ADDRESS: expected a number"),
-        ({"EMOE_MAX_CONNECTIONS_PER_ADDRESS": "0"}, "max_connections_per_address: expected at least 1"),
+        ({"EMOE_MAX_CONNECTIONS_PER_ADDRESS": "0"}, "max_connections_per_address: expected 1 to 1000000, got 0"),
         ({"EMOE_FORWARDED_ALLOW_IPS": "proxy"}, "forwarded_allow_ips: expected addresses"),
     ],
 )
