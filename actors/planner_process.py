@@ -1,4 +1,4 @@
-"""Runs a planner in a process that ends, at the lowest priority, because on a CPU node it runs beside the model.
+"""Runs a planner in a process that ends, at a low priority, because on a CPU node it runs beside the model.
 
 A task of Ray's would need two processes that Ray starts at the model's priority: two seconds of the cores for which
 steps wait, and 100 MB that stay.
@@ -18,7 +18,8 @@ from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.interpreter import command_of
 from elastic_moe.optimizer import PlacementProblem, PlanResult, plan
 
-_NICENESS = 19
+_NICENESS = 10
+"""A tenth of what a worker gets of a core. With less, a placement that is asked for would wait for busy cores."""
 
 
 async def plan_apart(problem: PlacementProblem, *, planner: str, deadline_s: float, solver: str) -> PlanResult:
@@ -48,7 +49,7 @@ def _start() -> subprocess.Popen[bytes]:
         # Ctrl-C is meant for the server, which then ends the process
         start_new_session=True,
     )
-    # here, since the process imports for as long as it plans
+    # before it imports
     with suppress(OSError):  # it has failed already
         os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
     # Linux may share cores evenly among sessions, and only within one by niceness. Then a session has a niceness too

@@ -34,7 +34,7 @@ def test_errors_come_back() -> None:
         asyncio.run(plan_apart(PROBLEM, planner="astrology", deadline_s=5.0, solver="highs"))
 
 
-def test_it_has_the_lowest_priority_from_the_start_and_ends_with_the_call() -> None:
+def test_it_gives_way_from_the_start_and_ends_with_the_call() -> None:
     async def give_up() -> tuple[int, str, psutil.Process]:
         asked = asyncio.create_task(plan_apart(PROBLEM, planner="auto", deadline_s=60.0, solver="highs"))
         while not (children := psutil.Process().children()):
@@ -48,8 +48,8 @@ def test_it_has_the_lowest_priority_from_the_start_and_ends_with_the_call() -> N
         return nice, grouped, children[0]
 
     nice, grouped, child = asyncio.run(give_up())
-    assert nice == 19
+    assert nice == 10
     # else it would get as much of the cores as all workers together where Linux groups sessions
-    assert not grouped or grouped.split()[-1] == "19"
+    assert not grouped or grouped.split()[-1] == "10"
     psutil.wait_procs([child], timeout=30)
     assert not child.is_running()
