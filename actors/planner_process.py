@@ -1,7 +1,8 @@
 """Runs a planner in a process that ends, at a low priority, because on a CPU node it runs beside the model.
 
 A task of Ray's would need two processes that Ray starts at the model's priority: two seconds of the cores for which
-steps wait, and 100 MB that stay.
+steps wait, and 100 MB that stay. This process starts at that priority too, since somebody may wait for the plan, but
+in 0.2 s.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from elastic_moe.cluster.interpreter import command_of
 from elastic_moe.optimizer import PlacementProblem, PlanResult, plan
 
 _NICENESS = 10
-"""A tenth of what a worker gets of a core. With less, a placement that is asked for would wait for busy cores."""
+"""A tenth of what a worker gets of a core, so that a plan is found also where all cores are busy."""
 
 
 async def plan_apart(problem: PlacementProblem, *, planner: str, deadline_s: float, solver: str) -> PlanResult:
@@ -42,20 +43,13 @@ async def plan_apart(problem: PlacementProblem, *, planner: str, deadline_s: flo
 
 
 def _start() -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command_of(main),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         # Ctrl-C is meant for the server, which then ends the process
         start_new_session=True,
     )
-    # before it imports
-    with suppress(OSError):  # it has failed already
-        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
-    # Linux may share cores evenly among sessions, and only within one by niceness. Then a session has a niceness too
-    with suppress(OSError):  # this kernel does not group them
-        Path(f"/proc/{process.pid}/autogroup").write_text(str(_NICENESS))
-    return process
 
 
 def main() -> None:
@@ -64,6 +58,7 @@ def main() -> None:
     answer = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     problem, deadline_s, planner, solver = pickle.load(sys.stdin.buffer)
+    _give_way()
     said: PlanResult | EmoeError
     try:
         said = plan(problem, deadline_s, planner=planner, solver=solver)
@@ -71,3 +66,10 @@ def main() -> None:
         said = error
     with os.fdopen(answer, "wb") as out:
         pickle.dump(said, out)
+
+
+def _give_way() -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
+    # Linux may share cores evenly among sessions, and only within one by niceness. Then a session has a niceness too
+    with suppress(OSError):  # this kernel does not group them
+        Path("/proc/self/autogroup").write_text(str(_NICENESS))
