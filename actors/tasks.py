@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from typing import Any
 
 import psutil
-
-from elastic_moe.optimizer import PlanResult, plan
 
 
 def kill_process(pid: int) -> None:
@@ -17,9 +13,3 @@ def kill_process(pid: int) -> None:
         process = psutil.Process(pid)
         if "WorkerActor" in " ".join(process.cmdline()):
             process.kill()
-
-
-def plan_in_background(*arguments: Any, **named: Any) -> PlanResult:
-    """Run a planner at the lowest priority, because on a CPU node it runs beside the model."""
-    os.setpriority(os.PRIO_PROCESS, 0, 19)
-    return plan(*arguments, **named)

@@ -19,11 +19,12 @@ from elastic_moe.actors.coordinator.migrator import Migrator
 from elastic_moe.actors.description import describe
 from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.planner_process import plan_apart
 from elastic_moe.actors.remote import generations, ray_nodes
 from elastic_moe.actors.remote.ask import Remote, kill
 from elastic_moe.actors.remote.generations import StateStore
 from elastic_moe.actors.remote.saving import Store
-from elastic_moe.actors.tasks import kill_process, plan_in_background
+from elastic_moe.actors.tasks import kill_process
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
@@ -394,11 +395,7 @@ class RayFleet:
             ray.remote(kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(info.pid)
 
     def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> Awaitable[PlanResult]:
-        function: Any = ray.remote(plan_in_background)
-        task: Awaitable[PlanResult] = function.options(num_cpus=0, max_retries=1).remote(
-            problem, planner=planner, deadline_s=deadline_s, solver=solver
-        )
-        return task
+        return plan_apart(problem, planner=planner, deadline_s=deadline_s, solver=solver)
 
 
 def _native() -> bool:

@@ -238,7 +238,7 @@ def preview(
 
 
 class Planners:
-    """Asks planners for a placement that suits the window of routing statistics. They run at the lowest priority."""
+    """Asks planners for a placement that suits the window of routing statistics. They run at a low priority."""
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ def pack_tied(model: nn.Module, notes: FitNotes, form: ExpertForm = ExpertForm.P
     """Pack each matrix that an nn.Linear shares with an embedding, and with nothing else. With INT8 it is rounded to 8
     bits. Call it where the native library is there.
 
-    Returns the bytes of the packed matrices for which the model has no parameter any more.
+    Returns the bytes of the packed matrices less those that the model's parameters still count for them.
     """
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -65,7 +65,10 @@ def pack_tied(model: nn.Module, notes: FitNotes, form: ExpertForm = ExpertForm.P
 
 
 def _embed(model: nn.Module, embedding: nn.Embedding, packed: Packed) -> int:
-    """Have an embedding read a packed matrix. Returns the bytes of the matrix if no parameter stands for them."""
+    """Have an embedding read a packed matrix. Returns its bytes less those of the parameter that stands for it.
+
+    The parameter has the shape of 16 bits per weight, which is too much for a matrix in 8 bits.
+    """
     if packed.form is ExpertForm.INT8 and type(embedding) is nn.Embedding:
         replace_module(model, embedding, NarrowEmbedding(packed))
         return packed.nbytes
@@ -73,7 +76,7 @@ def _embed(model: nn.Module, embedding: nn.Embedding, packed: Packed) -> int:
     shape = _PackedEmbedding(weight.new_zeros(1).expand(weight.shape), requires_grad=False)
     shape.packed = packed
     embedding.weight = shape
-    return 0
+    return packed.nbytes - shape.nbytes
 
 
 def rows_of(packed: Packed, rows: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def purpose(name: str, command: str) -> str:
             return group
     if name == "haproxy":
         return "HAProxy"
-    return "control plane" if name == "emoe" else "Ray"
+    return "control plane" if name == "emoe" or "planner_process" in command else "Ray"
 
 
 def cpu_times(pid: int) -> CpuTimes:

@@ -1,0 +1,58 @@
+"""A planner's process gives way to the model, plans what `plan` does, and ends with its call."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from elastic_moe.actors.planner_process import plan_apart
+from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
+from elastic_moe.optimizer import PlacementProblem, plan
+
+WORKERS = tuple(Worker(id=WorkerId(f"w{n}"), node="n", slots=4) for n in range(2))
+PROBLEM = PlacementProblem(
+    loads=np.random.default_rng(0).uniform(1, 9, (2, 8)),
+    workers=WORKERS,
+    top_k=2,
+    current=contiguous(2, 8, WORKERS),
+)
+
+
+def test_it_plans_what_plan_does() -> None:
+    apart = asyncio.run(plan_apart(PROBLEM, planner="greedy", deadline_s=5.0, solver="highs"))
+    assert apart.placement == plan(PROBLEM, 5.0, planner="greedy").placement
+    assert not psutil.Process().children()
+
+
+def test_errors_come_back() -> None:
+    with pytest.raises(ConfigError, match="expected one of"):
+        asyncio.run(plan_apart(PROBLEM, planner="astrology", deadline_s=5.0, solver="highs"))
+
+
+def test_it_gives_way_and_ends_with_the_call() -> None:
+    async def give_up() -> tuple[int, str, psutil.Process]:
+        asked = asyncio.create_task(plan_apart(PROBLEM, planner="auto", deadline_s=60.0, solver="highs"))
+        while not (children := psutil.Process().children()):
+            await asyncio.sleep(0.001)
+        async with asyncio.timeout(60):
+            while children[0].nice() == psutil.Process().nice():
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        nice, group = children[0].nice(), Path(f"/proc/{children[0].pid}/autogroup")
+        grouped = group.read_text() if group.exists() else ""
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        return nice, grouped, children[0]
+
+    nice, grouped, child = asyncio.run(give_up())
+    assert nice == 10
+    # else it would get as much of the cores as all workers together where Linux groups sessions
+    assert not grouped or grouped.split()[-1] == "10"
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running()
