@@ -3,7 +3,8 @@
 A step is predicted as  base_s + token_expert_s * U + bytes_s * B,  with U the tokens in whose time the last worker of
 a layer is done, summed over layers, and B the bytes of the busiest link, both as the cost model counts them
 (optimizer/core/cost.py). `base_s` is the rest of the step, which placements do not change. U depends on how many
-workers compute at full speed at once (`node_cores`), which is fitted too.
+workers of a node compute at full speed at once (`node_cores`), which is fitted too. On several nodes the links that
+are priced are the nodes' uplinks, on one node the workers' ports.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.optimizer.core.cost import price, shares, sharing_weights, worker_loads
-from elastic_moe.optimizer.core.problem import BITS, GIGA, Links, PlacementProblem
+from elastic_moe.optimizer.core.problem import BITS, GIGA, FloatArray, Links, PlacementProblem
 
 FEWEST_CORES = 2
-"""On one node, steps of fewer cores are those of two with another `base_s` and `token_expert_s`."""
+"""On one node, steps of fewer cores are those of two with another `base_s` and `token_expert_s`. Of several nodes, some
+have one worker busy and others more, which tells one core from two."""
+
+UNPRICED_GBPS = 1e12
+"""Bandwidth of links that are not to count."""
 
 CORES_STEP = 0.25
 """Between two numbers of cores that are tried."""
@@ -56,17 +61,27 @@ class Constants:
     token_expert_s: float
     """Seconds that one token takes in one expert."""
     node_cores: float
-    """How many of the workers compute at full speed at once; more of them share the cores evenly."""
+    """How many workers of a node compute at full speed at once; more of them share the cores evenly."""
     worker_gbps: float | None = None
-    """Bandwidth of a worker's link; None where steps did not show that traffic costs anything."""
+    """Bandwidth of a worker's link; None where steps did not show that traffic costs anything, and on several nodes."""
+    nodes: int = 1
+    """Number of nodes on which the workers were, evenly spread."""
+    node_gbps: float | None = None
+    """Bandwidth of a node's uplink; None where steps did not show that it costs anything, and on one node."""
 
-    def cores_for(self, workers: int) -> float:
+    @property
+    def node_workers(self) -> int:
+        """Most workers of a node."""
+        return -(-self.workers // self.nodes)
+
+    def cores_for(self, node_workers: int) -> float:
         """`node_cores` of a problem with that many workers on a node; infinite where the workers that were measured did
         not share, which says nothing of more of them."""
-        return self.node_cores if self.node_cores < self.workers or workers <= self.workers else math.inf
+        measured = self.node_workers
+        return self.node_cores if self.node_cores < measured or node_workers <= measured else math.inf
 
     def __post_init__(self) -> None:
-        for name in ("workers", "step_tokens", "token_expert_s"):
+        for name in ("workers", "nodes", "step_tokens", "token_expert_s"):
             if not 0 < getattr(self, name) <= _MOST:
                 raise ConfigError(
                     f"calibration: {name}: expected a positive number, got {reprlib.repr(getattr(self, name))}"
@@ -77,44 +92,54 @@ class Constants:
             )
         if not 0 <= self.base_s <= _MOST:
             raise ConfigError(f"calibration: base_s: expected a number of at least 0, got {reprlib.repr(self.base_s)}")
-        if self.worker_gbps is not None and not 0 < self.worker_gbps <= _MOST:
-            raise ConfigError(f"calibration: worker_gbps: expected a positive number or null, got {self.worker_gbps!r}")
+        for name in ("worker_gbps", "node_gbps"):
+            gbps = getattr(self, name)
+            if gbps is not None and not 0 < gbps <= _MOST:
+                raise ConfigError(f"calibration: {name}: expected a positive number or null, got {gbps!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Observation:
-    """A measured step, and what the cost model counts of it."""
+    """A measured step, and what the cost model counts of it.
 
-    ranked_tokens: tuple[float, ...]
-    """[W] tokens over speed of the worker of a layer that has most, of the second, and so on, each summed over layers.
-    All workers are on one node."""
+    Legend: L layers, N nodes, M most workers of a node.
+    """
+
+    ranked_tokens: FloatArray
+    """[L, N, M] tokens over speed of each worker of a node, the largest first; 0 where a node has fewer workers."""
     link_bytes: float
-    """B: bytes of the busiest link of each layer, summed over layers."""
+    """B: bytes of the busiest link of each layer, summed over layers: of uplinks where there are several nodes."""
     step_s: float
 
     def compute_tokens(self, node_cores: float) -> float:
         """U: tokens in whose time the last worker of each layer is done, summed over layers."""
-        return float(np.dot(sharing_weights(len(self.ranked_tokens), node_cores), self.ranked_tokens))
+        ends = self.ranked_tokens @ sharing_weights(self.ranked_tokens.shape[2], node_cores)
+        return float(ends.max(axis=1).sum())
 
 
 def observation(problem: PlacementProblem, placement: Placement, step_s: float) -> Observation:
-    """What the cost model counts of a step that `problem`, whose workers are on one node, has counted, under
-    `placement`."""
-    assert not problem.node_of.any()
-    unit = dataclasses.replace(problem, links=Links(worker_gbps=BITS / GIGA, node_gbps=BITS / GIGA), affinity=0.0)
+    """What the cost model counts of a step that `problem` has counted, under `placement`."""
+    unit_gbps = BITS / GIGA
+    several = problem.node_of.max() > 0
+    links = Links(worker_gbps=UNPRICED_GBPS if several else unit_gbps, node_gbps=unit_gbps)
+    unit = dataclasses.replace(problem, links=links, affinity=0.0)
     loads = worker_loads(problem, shares(problem, placement.physical_to_logical_map)) * problem.scale[:, None]
-    ranked = -np.sort(-loads / problem.speed, axis=1)
-    return Observation(
-        ranked_tokens=tuple(ranked.sum(axis=0).tolist()), link_bytes=price(unit, placement).traffic_s, step_s=step_s
-    )
+    alone = loads / problem.speed
+    ranked = np.zeros((problem.num_layers, problem.membership.shape[1], int(np.bincount(problem.node_of).max())))
+    for node, workers in enumerate(problem.membership.T > 0):
+        ranked[:, node, : workers.sum()] = -np.sort(-alone[:, workers], axis=1)
+    return Observation(ranked_tokens=ranked, link_bytes=price(unit, placement).traffic_s, step_s=step_s)
 
 
 def fit(seen: Sequence[Observation], *, workers: int, step_tokens: int) -> Constants:
-    """The constants that predict `seen` best: least squares of relative errors, none below 0.
+    """The constants that predict `seen` best: least squares of relative errors, none below 0. `workers`: over all
+    nodes.
 
     Raises ConfigError where steps do not grow with the slowest worker's tokens.
     """
-    numbers = np.arange(workers, FEWEST_CORES - 0.01, -CORES_STEP).tolist()
+    _, nodes, node_workers = seen[0].ranked_tokens.shape
+    fewest = min(FEWEST_CORES if nodes == 1 else 1, node_workers)
+    numbers = np.arange(node_workers, fewest - 0.01, -CORES_STEP).tolist()
     tried = [(cores, *_fitted(seen, cores)) for cores in numbers]
     usable = [one for one in tried if one[1][1] > 0]
     if not usable:
@@ -127,13 +152,16 @@ def fit(seen: Sequence[Observation], *, workers: int, step_tokens: int) -> Const
     node_cores, (base_s, token_expert_s, byte_s), _ = next(
         one for one in usable if one[2] * SURPLUS <= least + SAME_ERROR
     )
+    gbps = BITS / GIGA / byte_s if byte_s > 0 else None
     return Constants(
         workers=workers,
+        nodes=nodes,
         step_tokens=step_tokens,
         base_s=base_s,
         token_expert_s=token_expert_s,
         node_cores=node_cores,
-        worker_gbps=BITS / GIGA / byte_s if byte_s > 0 else None,
+        worker_gbps=gbps if nodes == 1 else None,
+        node_gbps=gbps if nodes > 1 else None,
     )
 
 
@@ -158,7 +186,8 @@ def _fitted(seen: Sequence[Observation], node_cores: float) -> tuple[tuple[float
 
 def predicted_s(constants: Constants, one: Observation) -> float:
     """Seconds of the observed step by the constants."""
-    traffic_s = 0.0 if constants.worker_gbps is None else one.link_bytes * BITS / GIGA / constants.worker_gbps
+    gbps = constants.worker_gbps if constants.nodes == 1 else constants.node_gbps
+    traffic_s = 0.0 if gbps is None else one.link_bytes * BITS / GIGA / gbps
     compute_s = constants.token_expert_s * one.compute_tokens(constants.node_cores)
     return constants.base_s + compute_s + traffic_s
 
@@ -207,13 +236,16 @@ def load_constants(path: Path) -> tuple[Constants, ...]:
 
 
 def _constants(path: Path, entry: object) -> Constants:
-    names = {field.name for field in dataclasses.fields(Constants)}
-    if not isinstance(entry, dict) or set(entry) != names:
-        raise ConfigError(f"{path}: calibration: expected the keys {', '.join(sorted(names))} in each measurement")
+    fields = dataclasses.fields(Constants)
+    # a file of before nodes were counted lacks what has a default
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if not isinstance(entry, dict) or not needed <= set(entry) <= {field.name for field in fields}:
+        raise ConfigError(f"{path}: calibration: expected the keys {', '.join(sorted(needed))} in each measurement")
     wrong = [
         name
         for name, value in entry.items()
-        if isinstance(value, bool) or not (isinstance(value, int | float) or (value is None and name == "worker_gbps"))
+        if isinstance(value, bool)
+        or not (isinstance(value, int | float) or (value is None and name in ("worker_gbps", "node_gbps")))
     ]
     if wrong:
         raise ConfigError(f"{path}: calibration: {wrong[0]}: expected a number, got {entry[wrong[0]]!r}")
@@ -223,6 +255,9 @@ def _constants(path: Path, entry: object) -> Constants:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def nearest(measured: Sequence[Constants], workers: int) -> Constants | None:
-    """The measurement with the number of workers that is nearest; None where nothing was measured."""
-    return min(measured, key=lambda one: (abs(one.workers - workers), one.workers), default=None)
+def nearest(measured: Sequence[Constants], workers: int, nodes: int = 1) -> Constants | None:
+    """The measurement with the number of nodes, and then of workers, that is nearest; None where nothing was
+    measured."""
+    return min(
+        measured, key=lambda one: (abs(one.nodes - nodes), abs(one.workers - workers), one.workers), default=None
+    )

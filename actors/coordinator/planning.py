@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,7 @@ def build_problem(
     """
     counted = np.where(load.sum(axis=1, keepdims=True) > 0, load, 1).astype(np.float64)
     loads, each, weights = scenarios(counted, remembered)
+    crowds = Counter(worker.node for worker in placement.workers)
     return PlacementProblem(
         loads=loads,
         scenario_loads=each,
@@ -100,7 +102,7 @@ def build_problem(
         links=links or Links(),
         tokens_per_step=tokens_per_step,
         token_expert_s=PlacementProblem.token_expert_s if constants is None else constants.token_expert_s,
-        node_cores=math.inf if constants is None else constants.cores_for(len(placement.workers)),
+        node_cores=math.inf if constants is None else constants.cores_for(max(crowds.values())),
         dealt=dealt,
         shared_disk=shared_disk,
         move_budget=min(max(1, round(MOVE_SHARE * counted.size)), counted.size if room is None else room),
@@ -113,8 +115,10 @@ def links_of(
     """The bandwidths to plan with: the settings', what was measured, what `emoe calibrate` found, or else those of
     eight H100."""
     usual = Links()
-    if constants is not None and constants.worker_gbps is not None:
-        usual = Links(worker_gbps=constants.worker_gbps)
+    if constants is not None:
+        usual = Links(
+            worker_gbps=constants.worker_gbps or usual.worker_gbps, node_gbps=constants.node_gbps or usual.node_gbps
+        )
     ports, uplinks = port_rates(workers, measured), uplink_rates(workers, measured)
     return Links(
         worker_gbps=config.worker_gbps or usual.worker_gbps,
@@ -302,7 +306,8 @@ class Planners:
         prefill, decode = self._window.phases(now)
         sample, parts = self._window.sample(now), self._window.load_parts(now)
         memory, running = memory_of_members(facts), max(1, self._running_requests())
-        constants = nearest(self._constants, len(facts.ranks))
+        nodes = len({worker.node for worker in facts.spec.placement.workers})
+        constants = nearest(self._constants, len(facts.ranks), nodes)
         links = links_of(self._config, facts.spec.placement.workers, self._link_gbps(), constants)
         variation, placement = self._memory.variation(now), facts.spec.placement
 

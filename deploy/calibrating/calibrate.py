@@ -4,6 +4,7 @@ checks what it predicts of the others."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,8 +19,9 @@ from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.cluster.facts.sampling import RoutingSample, as_choices
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import EMPTY, Placement, Worker, contiguous
+from elastic_moe.deploy.launch.ray_environment import cluster_settings
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
-from elastic_moe.model.measuring.group import Measured, MeasuredGroup
+from elastic_moe.model.measuring.group import LocalGroup, Measured, MeasuredGroup
 from elastic_moe.model.measuring.process import Job
 from elastic_moe.optimizer.constants import (
     Constants,
@@ -86,38 +88,79 @@ def run_calibrate(args: argparse.Namespace) -> int:
         if args.step_tokens < number:
             raise ConfigError(f"--step-tokens: expected one for each of {number} workers, got {args.step_tokens}")
     measured = []
-    for number in numbers:
-        constants, checked = calibrate(args, served, dtype, number)
-        measured.append(constants)
-        print(_as_json(constants, checked) if args.json else _as_text(constants, checked), flush=True)
-        if not checked.rank_correlation >= LEAST_CORRELATION:
-            raise UserError(
-                f"--workers {number}: the constants do not predict which placement is faster (rank correlation"
-                f" {checked.rank_correlation:.2f}, at least {LEAST_CORRELATION} is asked for), so they are not kept:"
-                " run it again while nothing else runs, and with a model whose experts take most of a step"
-            )
-    # what was measured before with other numbers of workers stays
+    with _nodes_of(args.address) as node_ids:
+        nodes = max(1, len(node_ids))
+        if min(numbers) < nodes:
+            raise ConfigError(f"--workers: expected one for each of {nodes} nodes, got {min(numbers)}")
+        for number in numbers:
+            constants, checked = calibrate(args, served, dtype, number, node_ids)
+            measured.append(constants)
+            print(_as_json(constants, checked) if args.json else _as_text(constants, checked), flush=True)
+            if not checked.rank_correlation >= LEAST_CORRELATION:
+                raise UserError(
+                    f"--workers {number}: the constants do not predict which placement is faster (rank correlation"
+                    f" {checked.rank_correlation:.2f}, at least {LEAST_CORRELATION} is asked for), so they are not"
+                    " kept: run it again while nothing else runs, and with a model whose experts take most of a step"
+                )
+    # what was measured before with other numbers of workers or of nodes stays
     before = load_constants(out) if out.exists() and args.out is None else ()
-    save_constants(out, [*(one for one in before if one.workers not in numbers), *measured])
+    save_constants(
+        out, [*(one for one in before if (one.workers, one.nodes) not in [(n, nodes) for n in numbers]), *measured]
+    )
     print(f"the constants are in {out}", file=sys.stderr)
     return 0
 
 
-def calibrate(args: argparse.Namespace, info: ModelInfo, dtype: str, number: int) -> tuple[Constants, Checked]:
-    """Measure with `number` workers. Raises ConfigError where nothing can be fitted, WorkerError where one ends."""
-    workers = make_workers(number, nodes=1, num_experts=info.num_logical_experts, redundant=_spare(info, number))
+def _nodes_of(address: str | None) -> contextlib.AbstractContextManager[tuple[str, ...]]:
+    """While it is open, this process has joined the Ray at `address`. Ray's ids of its nodes; none of this machine."""
+    if address is None:
+        return contextlib.nullcontext(())
+    # Ray reads these when it is imported, which takes seconds
+    settings = cluster_settings(os.environ)
+    os.environ.clear()
+    os.environ.update(settings)
+    from elastic_moe.deploy.calibrating.cluster_group import joined
+
+    return joined(address)
+
+
+def _group(job: Job, node_ids: tuple[str, ...]) -> MeasuredGroup:
+    if not node_ids:
+        return LocalGroup(job)
+    from elastic_moe.deploy.calibrating.cluster_group import ClusterGroup
+
+    return ClusterGroup(job, node_ids)
+
+
+def _free_bytes(node_ids: tuple[str, ...]) -> int:
+    """Memory that is free on all nodes together."""
+    if not node_ids:
+        return int(psutil.virtual_memory().available)
+    from elastic_moe.deploy.calibrating.cluster_group import free_bytes
+
+    return free_bytes(node_ids)
+
+
+def calibrate(
+    args: argparse.Namespace, info: ModelInfo, dtype: str, number: int, node_ids: tuple[str, ...] = ()
+) -> tuple[Constants, Checked]:
+    """Measure with `number` workers, on this machine or spread over the nodes `node_ids` of the Ray that was joined.
+
+    Raises ConfigError where nothing can be fitted, WorkerError where a worker ends.
+    """
+    spare = _spare(info, number, _free_bytes(node_ids))
+    workers = make_workers(number, nodes=max(1, len(node_ids)), num_experts=info.num_logical_experts, redundant=spare)
     first = contiguous(info.num_layers, info.num_logical_experts, workers)
     job = Job(
-        path=str(args.model),
+        path=os.path.abspath(args.model),
         dtype=dtype,
         expert_dtype=args.expert_dtype,
         trunk_dtype=args.trunk_dtype,
         first=first,
         group="emoe-calibrate",
         tokens=args.step_tokens,
-        threads=len(os.sched_getaffinity(0)),
     )
-    with MeasuredGroup(job) as group:
+    with _group(job, node_ids) as group:
         problem = problem_of(info, workers, group.measure(first, args.steps), args.step_tokens, dtype)
         rng = np.random.default_rng(0)
         fitted = [*graded(problem, FITTED, rng), _quiet(problem)]
@@ -131,17 +174,18 @@ def calibrate(args: argparse.Namespace, info: ModelInfo, dtype: str, number: int
     return constants, checked
 
 
-def _spare(info: ModelInfo, number: int) -> int:
+def _spare(info: ModelInfo, number: int, free: int) -> int:
     """Slots of a layer beyond one for each expert: as many as let one worker hold all experts but one for each other
-    worker, if half of the memory that is free holds them."""
+    worker, if half of the `free` bytes hold them."""
     layer_bytes = info.num_layers * info.expert_bytes
-    most = int(psutil.virtual_memory().available / 2 // layer_bytes) - info.num_logical_experts
+    most = free // 2 // layer_bytes - info.num_logical_experts
     return max(0, min((number - 1) * (info.num_logical_experts - number), most))
 
 
 def _quiet(problem: PlacementProblem) -> Placement:
     """A placement with little traffic, and without replicas."""
-    tight = make_workers(len(problem.workers), nodes=1, num_experts=problem.num_experts)
+    nodes = problem.membership.shape[1]
+    tight = make_workers(len(problem.workers), nodes=nodes, num_experts=problem.num_experts)
     asked = dataclasses.replace(problem, workers=tight, token_expert_s=1e-15)
     found = plan(asked, planner="local_search", deadline_s=PLAN_S).placement
     rows = [
@@ -192,20 +236,21 @@ def _as_json(constants: Constants, checked: Checked) -> str:
 
 
 def _as_text(constants: Constants, checked: Checked) -> str:
-    link = (
-        "no cost of traffic" if constants.worker_gbps is None else f"{constants.worker_gbps:.1f} Gb/s between workers"
-    )
+    on = "" if constants.nodes == 1 else f" on {constants.nodes} nodes"
+    gbps = constants.worker_gbps or constants.node_gbps
+    between = "workers" if constants.nodes == 1 else "nodes"
+    link = "no cost of traffic" if gbps is None else f"{gbps:.1f} Gb/s between {between}"
     rows = "\n".join(
         f"  {1e3 * said:9.2f} {1e3 * seen:9.2f}  {said / seen - 1:+6.1%}"
         for said, seen in zip(checked.predicted_s, checked.measured_s, strict=True)
     )
     shared = (
         ""
-        if constants.node_cores == constants.workers
-        else f"\nthe workers share cores, as if {constants.node_cores:g} of them computed at once"
+        if constants.node_cores == constants.node_workers
+        else f"\nthe workers of a node share cores, as if {constants.node_cores:g} of them computed at once"
     )
     return (
-        f"{constants.workers} workers, steps of {constants.step_tokens} tokens:"
+        f"{constants.workers} workers{on}, steps of {constants.step_tokens} tokens:"
         f" {1e6 * constants.token_expert_s:.3f} us for a token in an expert, {1e3 * constants.base_s:.2f} ms of a step"
         f" beside that, {link}{shared}\n"
         f"placements that were not fitted, from best to worst, in ms:\n"

@@ -16,8 +16,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "calibrate",
         help=what,
-        description=what.capitalize() + ", with CPU workers and without a server. `emoe serve` of the same model then"
-        " plans with the constants.",
+        description=what.capitalize() + ", or on the nodes of a Ray cluster, with CPU workers and without a server."
+        " `emoe serve` of the same model then plans with the constants.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -27,6 +27,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--workers", type=number_flag(int, 2, 64), nargs="+", default=[2], metavar="N",
         help="numbers of workers to measure with (2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--address", metavar="HOST:PORT",
+        help="Ray cluster over whose nodes with CPUs the workers are spread evenly; MODEL_DIR must be on each. Run it "
+        "on the head, where `emoe serve --address` looks for the constants (this machine alone)",
     )  # fmt: skip
     parser.add_argument(
         "--step-tokens", type=number_flag(int, 1, MILLION), default=DEFAULT_STEP_TOKENS, metavar="N",

@@ -28,6 +28,7 @@ from elastic_moe.deploy.launch.console import keep_ray_lines
 from elastic_moe.deploy.launch.haproxy import INSIDE, write_haproxy
 from elastic_moe.deploy.launch.ray_environment import (
     PATIENCE_S,
+    cluster_settings,
     home_settings,
     local_settings,
     patience,
@@ -80,8 +81,6 @@ class ServerProcesses:
         if self.local:
             # workers wait for the native library; if this machine does not have it yet, it is compiled while Ray starts
             threading.Thread(target=native.library, daemon=True).start()
-        import ray
-
         ray_private.redirect_worker_output(keep_ray_lines)
         if self.local:
             ray_private.without_onlookers()
@@ -97,12 +96,8 @@ class ServerProcesses:
             with self._without_modules():
                 ray_private.connect_locally(str(self._directory.ray), cpus, common)
             return
-        check_answers(self._config.address or "")
-        try:
-            with self._without_modules():
-                ray.init(address=self._config.address, **common)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            raise UserError(f"--address: cannot join {self._config.address}: {' '.join(str(error).split())}") from None
+        with self._without_modules():
+            join_ray(self._config.address or "", **common)
 
     @contextlib.contextmanager
     def _without_modules(self) -> Iterator[None]:
@@ -131,8 +126,7 @@ class ServerProcesses:
             used = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH")
             self._behind_haproxy = all(name in haproxy and inherited[name] == haproxy[name] for name in used)
         else:
-            # Without it, ray.init() would turn tokens on and write a file. A cluster of another mode reports an error.
-            inherited.setdefault("RAY_AUTH_MODE", "disabled")
+            inherited = cluster_settings(inherited)
         os.environ.clear()
         os.environ.update(inherited | {"RAY_USAGE_STATS_ENABLED": "0"})
 
@@ -246,6 +240,17 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {why(error)} (--port takes another)") from None
+
+
+def join_ray(address: str, **options: Any) -> None:
+    """Join the Ray at `address`; `options` are those of ray.init. Raises UserError where that cannot be done."""
+    check_answers(address)
+    import ray
+
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        raise UserError(f"--address: cannot join {address}: {' '.join(str(error).split())}") from None
 
 
 def check_answers(address: str) -> None:

@@ -30,6 +30,13 @@ def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
     return kept | {"no_proxy": "*", "NO_PROXY": "*"}
 
 
+def cluster_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` as it must be before Ray is imported to join a cluster. What the user has set stays, except
+    proxies."""
+    # Without it, ray.init() would turn tokens on and write a file. A cluster of another mode reports an error.
+    return {"RAY_AUTH_MODE": "disabled"} | without_proxies(environment) | {"RAY_USAGE_STATS_ENABLED": "0"}
+
+
 def home_settings(directory: RunDirectory) -> dict[str, str]:
     """A cache directory inside `directory`, which is removed with the server, where the usual one cannot be written."""
     try:

@@ -1,10 +1,10 @@
-"""The processes of one group of workers, and what a step under a placement takes."""
+"""What a step of a group of workers under a placement takes, and the processes of a group on this machine."""
 
 from __future__ import annotations
 
 import multiprocessing
 import uuid
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,12 +29,47 @@ class Measured:
     """[S, L, K] choices of some tokens."""
 
 
-class MeasuredGroup:
-    """Workers of this machine in processes of their own. Use it as a context; raises WorkerError where one ends."""
+class MeasuredGroup(ABC):
+    """Workers that run steps together. Use it as a context."""
+
+    def __enter__(self) -> MeasuredGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def measure(self, placement: Placement, steps: int) -> Measured:
+        """Take on a placement, and run one step unmeasured and `steps` measured ones. Raises WorkerError where a worker
+        ends."""
+        self._place(placement)
+        self._run(1)
+        seen = self._run(steps)
+        return Measured(
+            steps_s=tuple(max(times) for times in zip(*(one.step_s for one in seen), strict=True)),
+            load=np.sum([one.load for one in seen], axis=0),
+            # a worker without tokens has samples of another shape
+            samples=np.concatenate([one.samples for one in seen if len(one.samples)] or [seen[0].samples]),
+        )
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the workers."""
+
+    @abstractmethod
+    def _place(self, placement: Placement) -> None:
+        """All workers take on the placement."""
+
+    @abstractmethod
+    def _run(self, steps: int) -> list[Steps]:
+        """All workers run so many steps; what each saw, in rank order."""
+
+
+class LocalGroup(MeasuredGroup):
+    """Workers of this machine, in processes of their own."""
 
     def __init__(self, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
-        job = replace(job, group=f"{job.group}-{uuid.uuid4().hex[:8]}")
+        job = named(job)
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(len(job.first.workers)):
@@ -46,10 +81,7 @@ class MeasuredGroup:
             self._processes.append(process)
         self._answers()
 
-    def __enter__(self) -> MeasuredGroup:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for pipe in self._pipes:
             try:
                 pipe.send(None)
@@ -60,17 +92,11 @@ class MeasuredGroup:
             if process.is_alive():
                 process.kill()
 
-    def measure(self, placement: Placement, steps: int) -> Measured:
-        """Take on a placement, and run one step unmeasured and `steps` measured ones."""
+    def _place(self, placement: Placement) -> None:
         self._tell(placement)
-        self._tell(1)
-        seen: Sequence[Steps] = self._tell(steps)
-        return Measured(
-            steps_s=tuple(max(times) for times in zip(*(one.step_s for one in seen), strict=True)),
-            load=np.sum([one.load for one in seen], axis=0),
-            # a worker without tokens has samples of another shape
-            samples=np.concatenate([one.samples for one in seen if len(one.samples)] or [seen[0].samples]),
-        )
+
+    def _run(self, steps: int) -> list[Steps]:
+        return self._tell(steps)
 
     def _tell(self, what: Placement | int) -> list[Any]:
         for pipe in self._pipes:
@@ -82,3 +108,8 @@ class MeasuredGroup:
             return [pipe.recv() for pipe in self._pipes]
         except EOFError:
             raise WorkerError("a worker's process ended; its error stands above") from None
+
+
+def named(job: Job) -> Job:
+    """The job with a group's name that no other has."""
+    return replace(job, group=f"{job.group}-{uuid.uuid4().hex[:8]}")

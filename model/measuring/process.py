@@ -1,4 +1,4 @@
-"""One worker's process: it loads, takes on the placements that it is told, and runs steps.
+"""One worker: it loads, takes on the placements that it is told, and runs steps; and the process of one.
 
 The parent sends a placement, or a number of steps, or None for the end; each of the first two is answered.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec, ModelSpec, TransportKind, WorkerSpec
+from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.measuring.prompts import BLOCK, PROMPT, Prompts
@@ -33,8 +34,13 @@ class Job:
     group: str
     tokens: int
     """Of a step of all workers."""
-    threads: int
-    """Of the machine."""
+
+    @property
+    def transport(self) -> TransportKind:
+        """How the workers of the first placement, and of all others, exchange tokens."""
+        if len(self.first.workers) == 1:
+            return TransportKind.LOCAL
+        return TransportKind.SHM if len({one.node for one in self.first.workers}) == 1 else TransportKind.TCP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +55,16 @@ class Steps:
 
 
 class Member:
-    """The worker of this process."""
+    """The worker of this process. Its threads are those that this process may use, shared by the workers of its
+    node."""
 
     def __init__(self, job: Job, rank: int) -> None:
         self._job, self._epoch = job, 0
         info, size = open_checkpoint(job.path).info, len(job.first.workers)
         own = -(-job.tokens // size)
         worker = job.first.workers[rank].id
+        threads = len(os.sched_getaffinity(0))
+        beside = sum(one.node == job.first.workers[rank].node for one in job.first.workers)
         self._plane = DataPlane(
             WorkerSpec(
                 worker=worker,
@@ -72,25 +81,34 @@ class Member:
                 block_size=BLOCK,
                 max_num_seqs=2 * -(-own // PROMPT),
                 max_num_batched_tokens=max(own, PROMPT),
-                num_threads=max(1, job.threads // size),
-                node_threads=job.threads,
-                node_workers=size,
+                num_threads=max(1, threads // beside),
+                node_threads=threads,
+                node_workers=beside,
             )
         )
         self._plane.load()
         self._prompts = Prompts(job.tokens, rank, size, info.vocab_size, self._plane.window_room)
 
-    def place(self, placement: Placement) -> None:
-        """Take on a placement; what is not held is read from the checkpoint."""
+    def open_door(self, address: str) -> Endpoint:
+        """Where this worker waits for the others of several nodes. `address` is this node's. Raises OSError."""
+        return self._plane.open_door(address)
+
+    def place(self, placement: Placement, doors: tuple[Endpoint, ...] = ()) -> None:
+        """Take on a placement; what is not held is read from the checkpoint. `doors`: of all workers, for the first
+        placement of workers of several nodes."""
         self._epoch += 1
         held, worker = self._plane.held(), self._plane.spec.worker
         wanted = [placement.experts_of(worker, layer) for layer in range(placement.num_layers)]
         lacking = [(layer, e) for layer, experts in enumerate(wanted) for e in set(experts) - {-1, *held[layer]}]
         if lacking:
             self._plane.read_experts(sorted(lacking))
-        transport = TransportKind.LOCAL if len(placement.workers) == 1 else TransportKind.SHM
         spec = EpochSpec(
-            epoch=Epoch(self._epoch), placement=placement, group=self._job.group, transport=transport, rendezvous=""
+            epoch=Epoch(self._epoch),
+            placement=placement,
+            group=self._job.group,
+            transport=self._job.transport,
+            rendezvous="",
+            doors=doors,
         )
         self._plane.prepare(spec)
         self._plane.commit(spec.epoch)

@@ -132,6 +132,8 @@ def test_planners_reckon_with_what_was_calibrated(tmp_path: Path, caplog: pytest
     workers = PLACEMENT.workers
     assert links_of(ServeConfig(), workers, {}, measured) == Links(worker_gbps=2.0)
     assert links_of(ServeConfig(worker_gbps=10), workers, {}, measured).worker_gbps == 10.0
+    spread = dataclasses.replace(measured, nodes=2, worker_gbps=None, node_gbps=0.5)
+    assert links_of(ServeConfig(), workers, {}, spread) == Links(node_gbps=0.5)
     nothing = np.zeros((LAYERS - 1, EXPERTS, EXPERTS))
     load = np.ones((LAYERS, EXPERTS))
     problem = build_problem(TOLD, PLACEMENT, load, nothing, dtype="bfloat16", constants=measured)

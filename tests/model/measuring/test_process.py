@@ -16,10 +16,11 @@ from elastic_moe.optimizer.study.scenario import make_workers
 from tests.model.families import tiny_checkpoint
 
 
-def test_members_take_on_placements_and_choose_the_same_experts_under_each(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_members_take_on_placements_and_choose_the_same_experts_under_each(nodes: int, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint("qwen3_moe", tmp_path)
     info = open_checkpoint(checkpoint).info
-    workers = make_workers(2, nodes=1, num_experts=info.num_logical_experts)
+    workers = make_workers(2, nodes=nodes, num_experts=info.num_logical_experts)
     first = contiguous(info.num_layers, info.num_logical_experts, workers)
     turned = Placement(
         num_logical_experts=info.num_logical_experts,
@@ -34,13 +35,15 @@ def test_members_take_on_placements_and_choose_the_same_experts_under_each(tmp_p
         first=first,
         group=f"emoe-test-{uuid.uuid4().hex[:8]}",
         tokens=41,
-        threads=2,
     )
     with ThreadPoolExecutor(2) as pool:
         members = list(pool.map(lambda rank: Member(job, rank), range(2)))
         loads = []
-        for placement in (first, turned, first):
-            list(pool.map(lambda member, placement=placement: member.place(placement), members))
+        # two nodes here are two names: their workers meet at doors
+        doors = tuple(member.open_door("127.0.0.1") for member in members) if nodes > 1 else ()
+        for number, placement in enumerate((first, turned, first)):
+            met = doors if number == 0 else ()
+            list(pool.map(lambda member, placement=placement, met=met: member.place(placement, met), members))
             seen = list(pool.map(lambda member: member.run(2), members))
             assert all(len(one.step_s) == 2 and min(one.step_s) > 0 for one in seen)
             loads.append(sum(one.load for one in seen))
