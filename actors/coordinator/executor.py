@@ -19,8 +19,7 @@ from elastic_moe.actors.coordinator.transferring import Transferring
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.background import Background
-from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, call_until_error, is_death, one_line, within
-from elastic_moe.actors.remote.turns import Turns
+from elastic_moe.actors.remote.calls import CALL_ERRORS, Turns, call_all, call_until_error, is_death, one_line, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import StepAborted, UserError

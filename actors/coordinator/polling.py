@@ -17,9 +17,8 @@ from elastic_moe.actors import liveness
 from elastic_moe.actors.coordinator.processes import Processes
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask, forward
-from elastic_moe.actors.remote.calls import CALL_ERRORS, call_all, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.remote.calls import CALL_ERRORS, Turns, call_all, is_death, one_line, sign_of_life, within
 from elastic_moe.actors.remote.links import can_connect
-from elastic_moe.actors.remote.turns import Turns
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.errors import WorkerError
 from elastic_moe.cluster.facts.counters import ClusterCounters

@@ -54,6 +54,18 @@ def one_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {ending(text, LONGEST_CAUSE)}"
 
 
+class Turns:
+    """Callers go on one after another, in the order in which they came, each in a turn of the event loop of its own: so
+    what is done for every worker is spread, and heartbeats get their turns in between."""
+
+    def __init__(self) -> None:
+        self._taken = asyncio.Lock()
+
+    async def take(self) -> None:
+        async with self._taken:
+            await asyncio.sleep(0)
+
+
 async def within(work: Awaitable[T], timeout_s: float) -> T:
     """The result of `work`. Raises TimeoutError, and cancels it, where it takes longer than `timeout_s`.
 

@@ -16,7 +16,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from elastic_moe.actors.remote.calls import call_all, call_until_error, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.remote.calls import Turns, call_all, call_until_error, is_death, one_line, sign_of_life, within
 from elastic_moe.cluster.errors import NotReadyError
 
 MEMORY = "Ray ended its process, since the memory of its machine was nearly full"
@@ -92,3 +92,37 @@ def test_the_callees_errors_are_raised() -> None:
         assert list(errors) == ["b"]
 
     asyncio.run(work())
+
+
+def test_others_get_the_loop_between_two_callers() -> None:
+    done: list[str] = []
+
+    async def work(turns: Turns, name: str) -> None:
+        await turns.take()
+        done.append(name)
+
+    async def other(tasks: list[asyncio.Task[None]]) -> None:
+        while not all(task.done() for task in tasks):
+            if done and done[-1] != "other":
+                done.append("other")
+            await asyncio.sleep(0)
+
+    async def scenario() -> None:
+        turns = Turns()
+        tasks = [asyncio.create_task(work(turns, name)) for name in "abc"]
+        await other(tasks)
+
+    asyncio.run(scenario())
+    assert done == ["a", "other", "b", "other", "c", "other"] or done == ["a", "other", "b", "other", "c"]
+
+
+def test_one_that_is_cancelled_keeps_nobody_waiting() -> None:
+    async def scenario() -> None:
+        turns = Turns()
+        first, second, third = (asyncio.create_task(turns.take()) for _ in range(3))
+        await asyncio.sleep(0)
+        second.cancel()
+        async with asyncio.timeout(10):
+            await asyncio.gather(first, third)
+
+    asyncio.run(scenario())
