@@ -129,5 +129,5 @@ def test_status_counts() -> None:
     s.add(request("r", prompt=5, max_tokens=2))
     step(s)
     status = s.status()
-    assert (status.steps, status.prompt_tokens, status.generation_tokens, status.epoch) == (1, 5, 1, 1)
+    assert (status.steps, status.prompt_tokens, status.generation_tokens) == (1, 5, 1)
     assert status.kv_usage == {A: 0.2, B: 0.0}

@@ -89,7 +89,8 @@ def test_parts_make_the_whole(name: str, dtype: torch.dtype, tmp_path_factory: p
     assert_same_tensors(model, whole)
     ids = torch.arange(20, 60)[None]
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, whole(ids).logits)
+        # the tensors have the same bits. Where they lie decides how some CPUs add up
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "ernie4_5_moe"])
