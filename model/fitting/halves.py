@@ -78,11 +78,19 @@ def norm_of(module: Any) -> Norm | None:
 
 
 def same_in_trial(
-    layer: nn.Module, fitted: Callable[..., Any], path: AttentionPath, shape: KVShape, hidden_size: int, width: int
+    layer: nn.Module,
+    fitted: Callable[..., Any],
+    path: AttentionPath,
+    shape: KVShape,
+    hidden_size: int,
+    width: int,
+    *,
+    border: int | None = None,
 ) -> bool:
     """Whether a layer and its joined forward agree: on a prompt and the token after it, with and without a window.
 
-    `shape` is that of the layer's cache, and `width` that of cosines and sines.
+    `shape` is that of the layer's cache, and `width` that of cosines and sines. `border`: a position from which on the
+    layer may compute something else; tokens just before it and across it are tried too.
     """
     number = int(layer.self_attn.layer_idx)  # type: ignore[arg-type, union-attr]
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +99,8 @@ def same_in_trial(
     def random(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator).bfloat16()
 
-    for size, at in ((None, 0), (3, 0), (None, _FAR)):
+    near = [] if border is None else [(None, max(0, border - 6)), (None, max(0, border - 3))]
+    for size, at in ((None, 0), (3, 0), *near, (None, _FAR)):
         caches = [
             KVCache({number: shape}, num_blocks=1, block_size=TILE, dtype=torch.bfloat16, device=cpu, path=path)
             for _ in range(2)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +23,9 @@ from tests.model.native.test_models import logits, runner_of, texts
 
 JOINED = ["mixtral", "mixtral-sliding", "qwen3_moe-mixed", "qwen2_moe-sliding", "olmoe", "glm4_moe", "minimax_m2"]
 JOINED += ["gpt_oss", "phimoe", "phimoe-longrope"]
-LATENT = ["deepseek_v3", "deepseek_v3-yarn", "glm4_moe_lite", "axk1"]
-OTHERS = ["granitemoe", "ernie4_5_moe", "gemma4_text", "deepseek_v2", "mistral4"]
-"""Scaled sums, other rotary embeddings, further norms; queries that are scaled by their position."""
+LATENT = ["deepseek_v3", "deepseek_v3-yarn", "mistral4", "glm4_moe_lite", "axk1"]
+OTHERS = ["granitemoe", "ernie4_5_moe", "gemma4_text", "deepseek_v2"]
+"""Scaled sums, other rotary embeddings, further norms."""
 
 
 @pytest.mark.parametrize("family", JOINED + LATENT + OTHERS)
@@ -44,7 +48,7 @@ def test_which_layers_are_joined(
     assert found == [0 if family in OTHERS else layers]
 
 
-@pytest.mark.parametrize("family", JOINED + LATENT[:2])
+@pytest.mark.parametrize("family", JOINED + LATENT[:3])
 def test_the_same_bits_as_the_parts(
     lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,10 +62,46 @@ def test_the_same_bits_as_the_parts(
             assert all(len(text) < layer._below for text in texts(512))
     assert fitted
     monkeypatch.setattr(fitting, "fit_layers", lambda *_: [])
-    parts = runner_of(path)
+    # a new one, in place of the one that is kept
+    parts = runner_of.__wrapped__(path)
     every = [(2 * i, text, 0, len(text)) for i, text in enumerate(texts(512))]
     assert torch.equal(logits(joined, every), logits(parts, every))
     # a prompt goes on beside tokens that are decoded, by two threads
     more = [(block, [*text, 7, 8], len(text), len(text) + 1 + (block == 0)) for block, text, _, _ in every]
     torch.set_num_threads(2)
     assert torch.equal(logits(joined, more), logits(parts, more))
+
+
+def test_steps_with_queries_that_their_position_scales_go_the_layers_own_way(
+    lib: ctypes.CDLL, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistral-4 scales queries beyond the positions that it was trained on at first."""
+    path = tmp_path / "mistral4"
+    shutil.copytree(tiny_checkpoint("mistral4", tmp_path_factory), path)
+    config = json.loads((path / "config.json").read_text())
+    config["rope_parameters"]["original_max_position_embeddings"] = 12
+    (path / "config.json").write_text(json.dumps(config))
+    joined = runner_of(path)
+    fitted = [m.forward for m in joined._trunk.modules() if isinstance(m.forward, LatentLayer)]
+    assert [layer._positions for layer in fitted] == [12] * len(fitted)
+    calls = 0
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for layer in fitted:
+        layer._original = counted(layer._original)
+    monkeypatch.setattr(fitting, "fit_layers", lambda *_: [])
+    # a new one, in place of the one that is kept
+    parts = runner_of.__wrapped__(path)
+    text = [7, 8, 9] * 6
+    for start, end, own in ((0, 11, 0), (11, 12, 0), (12, 13, len(fitted)), (13, 18, len(fitted))):
+        calls = 0
+        step = [(0, text, start, end)]
+        assert torch.equal(logits(joined, step), logits(parts, step))
+        assert calls == own
