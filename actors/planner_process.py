@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.interpreter import command_of
@@ -28,10 +31,9 @@ async def plan_apart(problem: PlacementProblem, *, planner: str, deadline_s: flo
 
     Raises the EmoeErrors of `plan`, EmoeError where the process fails, and OSError where none can be started.
     """
-    question = pickle.dumps((problem, deadline_s, planner, solver))
     process = await asyncio.to_thread(_start)
     try:
-        answer, _ = await asyncio.to_thread(process.communicate, question)
+        answer = await asyncio.to_thread(_ask, process, _parts_of((problem, deadline_s, planner, solver)))
     finally:
         process.kill()
     if process.returncode:
@@ -52,12 +54,42 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
+def _ask(process: subprocess.Popen[bytes], question: Iterable[bytes | memoryview]) -> bytes:
+    """The answer; what it is worth, the process's exit status says. Blocks."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError), process.stdin as stdin:
+        for part in question:
+            stdin.write(part)
+    with process.stdout as stdout:
+        answer = stdout.read()
+    process.wait()
+    return answer
+
+
+def _parts_of(value: Any) -> list[bytes | memoryview]:
+    """`value`, for `_read`: what follows the numbers of bytes is its pickle and, without a copy, its arrays, which have
+    30 MB for 58 layers of 256 experts: a copy of them would hold the event loop."""
+    arrays: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+    parts: list[bytes | memoryview] = [head, *(array.raw() for array in arrays)]
+    sizes = [memoryview(part).nbytes for part in parts]
+    return [struct.pack(f"<{1 + len(sizes)}q", len(sizes), *sizes), *parts]
+
+
+def _read(source: BinaryIO) -> Any:
+    (count,) = struct.unpack("<q", source.read(8))
+    sizes = struct.unpack(f"<{count}q", source.read(8 * count))
+    head, *arrays = (bytearray(source.read(size)) for size in sizes)
+    return pickle.loads(head, buffers=arrays)
+
+
 def main() -> None:
     """The process itself: reads the pickled question, and writes the pickled plan, or the error, to standard output."""
     # what a solver prints goes to the log
     answer = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    problem, deadline_s, planner, solver = pickle.load(sys.stdin.buffer)
+    problem, deadline_s, planner, solver = _read(sys.stdin.buffer)
     _give_way()
     said: PlanResult | EmoeError
     try:
