@@ -128,6 +128,16 @@ def path_flag(text: str) -> Path:
     return Path(text)
 
 
+def check_file(path: Path | None) -> None:
+    """Raises ConfigError where --out cannot become a file, before there is something to lose."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(f"--out: {path} is a directory, expected a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out: there is no directory {path.parent}")
+
+
 def base_type(hint: Any) -> type:
     """The type of a setting without its `| None`."""
     if isinstance(hint, types.UnionType):

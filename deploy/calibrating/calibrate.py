@@ -19,6 +19,7 @@ from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.cluster.facts.sampling import RoutingSample, as_choices
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import EMPTY, Placement, Worker, contiguous
+from elastic_moe.cluster.setting import check_file
 from elastic_moe.deploy.launch.ray_environment import cluster_settings
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.measuring.group import LocalGroup, Measured, MeasuredGroup
@@ -79,8 +80,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     form = info.form(args.expert_dtype, dtype, "cpu")
     served = info.served_in(dtype, form, info.trunk_form(args.trunk_dtype, dtype, "cpu"))
     out = args.out or calibration_file(served, dtype, "cpu")
-    if out.is_dir():
-        raise ConfigError(f"--out: {out} is a directory, expected a file")
+    check_file(args.out)
     numbers = list(dict.fromkeys(args.workers))
     for number in numbers:
         if not 2 <= number <= info.num_logical_experts:

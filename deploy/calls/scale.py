@@ -63,7 +63,8 @@ def run_scale(args: argparse.Namespace) -> int:
         print(f"operation {told['operation_id']}: {told['reason']}")
     engines = _call(f"{url}/admin/engines", args.api_key)
     if args.engine is not None and args.engine >= len(engines):
-        raise ConfigError(f"--engine: expected 0 to {len(engines) - 1}, got {args.engine}")
+        known = "0, since there is one group" if len(engines) == 1 else f"0 to {len(engines) - 1}"
+        raise ConfigError(f"--engine: expected {known}, got {args.engine}")
     for engine in engines:
         if args.engine in (None, engine["engine"]):
             print(_line(engine))

@@ -155,6 +155,8 @@ def run_simulate(args: argparse.Namespace) -> int:
     caches of experts."""
     old = load_old(args)
     traces = same_experts([read_trace(args, path, old) for path in args.traces])
+    if args.out is not None:
+        make_folder(args.out)
     experts, trace = traces[0].num_experts, concatenate(traces)
     if args.cache:
         return _replay_caches(args, trace, choose_workers(args, old, experts))
@@ -181,7 +183,6 @@ def run_simulate(args: argparse.Namespace) -> int:
 
     looks = simulate(trace, choose_workers(args, old, experts), settings, first=old, progress=progress)
     if args.out is not None:
-        make_folder(args.out)
         write_text(args.out / "looks.json", json.dumps([dataclasses.asdict(look) for look in looks], indent=1))
         from elastic_moe.optimizer.study import figures
 
@@ -198,7 +199,6 @@ def _replay_caches(args: argparse.Namespace, trace: Trace, workers: tuple[Worker
 
     rows = run_cache(args, trace, workers, progress)
     if args.out is not None:
-        make_folder(args.out)
         drawn = save(args.out, rows, _drawn)
         print(f"caches.csv {'and figures are' if drawn else 'is'} in {args.out}", file=sys.stderr)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.placement import Placement
+from elastic_moe.cluster.setting import check_file
 from elastic_moe.deploy.cli.plan_input import (
     choose_workers,
     describe,
@@ -30,6 +31,7 @@ from elastic_moe.optimizer.study.traces import TraceError, concatenate
 
 def run_plan(args: argparse.Namespace) -> int:
     """Plan for one trace, or for several subjects, and write the placement."""
+    check_file(args.out)
     old = load_old(args)
     traces = same_experts([read_trace(args, path, old) for path in args.traces])
     trace = concatenate(traces)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cluster.errors import ConfigError, why
-from elastic_moe.cluster.setting import MILLION, number_flag, path_flag
+from elastic_moe.cluster.setting import MILLION, check_file, number_flag, path_flag
 from elastic_moe.deploy.launch.builtin import MODEL_DIR, trace_names, trace_path
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def run_list(args: argparse.Namespace) -> int:
 def run_record(args: argparse.Namespace) -> int:
     """Record a trace, and write it."""
     # before the imports, which take ten seconds
+    check_file(args.out)
     texts = [(path, _text(path)) for path in args.text]
     from tqdm import tqdm
 

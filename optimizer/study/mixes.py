@@ -40,7 +40,7 @@ def count_mix(traces: Sequence[Trace], weights: Sequence[float] = ()) -> MixedSt
     if len(shapes) != 1:
         raise TraceError("traces: they are of different models, since their layers or experts per token differ")
     if len(traces) == 1 and len(weights) > 1:
-        raise PlacementError(f"weights: expected 1, one per scenario, got {len(weights)}")
+        raise PlacementError(f"weights: expected 1, one for each subject, got {len(weights)}")
     mean_tokens = float(np.mean([trace.num_tokens for trace in traces]))
     loads, total = [], None
     for trace, share in zip(traces, shares_of(weights, len(traces)), strict=True):

@@ -229,7 +229,8 @@ class _Run:
             moves=moves,
             bytes=moves * settings.expert_bytes,
             gain=decision.net_gain,
-            reason=decision.reason,
+            # the last look may have come after the change, and say why there is no other
+            reason=self._changes[-1].reason if self._changes else decision.reason,
         )
 
     def _report(self, begin: int, end: int) -> None:

@@ -28,7 +28,7 @@ def shares_of(weights: Sequence[float], number: int) -> FloatArray:
         return np.full(number, 1.0 / max(number, 1))
     given = np.asarray(weights, dtype=np.float64)
     if given.shape != (number,):
-        raise PlacementError(f"weights: expected {number}, one per scenario, got {given.size}")
+        raise PlacementError(f"weights: expected {number}, one for each subject, got {given.size}")
     # written so that a NaN fails too
     if not ((given > 0) & (given < np.inf)).all():
         raise PlacementError(f"weights: expected positive numbers, got {list(weights)}")
