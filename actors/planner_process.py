@@ -8,6 +8,7 @@ in 0.2 s.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pickle
 import struct
@@ -18,10 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from elastic_moe.cluster.errors import EmoeError
+from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.interpreter import command_of
 from elastic_moe.optimizer import PlacementProblem, PlanResult, plan
 
+logger = logging.getLogger(__name__)
+
+TRIES = 2
+"""Processes that are started for a plan. The system may end one, for its memory."""
 _NICENESS = 10
 """A tenth of what a worker gets of a core, so that a plan is found also where all cores are busy."""
 
@@ -29,15 +34,20 @@ _NICENESS = 10
 async def plan_apart(problem: PlacementProblem, *, planner: str, deadline_s: float, solver: str) -> PlanResult:
     """What `plan` returns for these arguments. The process ends with the call, also where the call is cancelled.
 
-    Raises the EmoeErrors of `plan`, EmoeError where the process fails, and OSError where none can be started.
+    Raises the EmoeErrors of `plan`, NotReadyError where one process after another fails, and OSError where none can be
+    started.
     """
-    process = await asyncio.to_thread(_start)
-    try:
-        answer = await asyncio.to_thread(_ask, process, _parts_of((problem, deadline_s, planner, solver)))
-    finally:
-        process.kill()
-    if process.returncode:
-        raise EmoeError(f"the planner's process ended with code {process.returncode}")
+    for _ in range(TRIES):
+        process = await asyncio.to_thread(_start)
+        try:
+            answer = await asyncio.to_thread(_ask, process, _parts_of((problem, deadline_s, planner, solver)))
+        finally:
+            process.kill()
+        if not process.returncode:
+            break
+        logger.warning("a planner's process ended with code %d", process.returncode)
+    else:
+        raise NotReadyError(f"planners' processes end before they answer, the last with code {process.returncode}")
     said: PlanResult | EmoeError = pickle.loads(answer)
     if isinstance(said, EmoeError):
         raise said

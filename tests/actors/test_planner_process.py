@@ -9,10 +9,10 @@ import numpy as np
 import psutil
 import pytest
 
-from elastic_moe.actors.planner_process import plan_apart
-from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.actors.planner_process import TRIES, plan_apart
+from elastic_moe.cluster.errors import ConfigError, NotReadyError
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
-from elastic_moe.optimizer import PlacementProblem, plan
+from elastic_moe.optimizer import PlacementProblem, PlanResult, plan
 
 WORKERS = tuple(Worker(id=WorkerId(f"w{n}"), node="n", slots=4) for n in range(2))
 PROBLEM = PlacementProblem(
@@ -56,3 +56,21 @@ def test_it_gives_way_and_ends_with_the_call() -> None:
     assert not grouped or grouped.split()[-1] == "10"
     psutil.wait_procs([child], timeout=30)
     assert not child.is_running()
+
+
+def test_another_process_is_asked_where_one_is_ended(caplog: pytest.LogCaptureFixture) -> None:
+    async def planned(ended: int) -> PlanResult:
+        asked = asyncio.create_task(plan_apart(PROBLEM, planner="greedy", deadline_s=5.0, solver="highs"))
+        gone: set[int] = set()
+        while len(gone) < ended:
+            for child in psutil.Process().children():
+                if child.pid not in gone:
+                    child.kill()
+                    gone.add(child.pid)
+            await asyncio.sleep(0.001)
+        return await asked
+
+    assert asyncio.run(planned(1)).placement == plan(PROBLEM, 5.0, planner="greedy").placement
+    assert "ended with code -9" in caplog.text
+    with pytest.raises(NotReadyError, match="end before they answer, the last with code -9"):
+        asyncio.run(planned(TRIES))
