@@ -64,7 +64,7 @@ def test_another_process_is_asked_where_one_is_ended(caplog: pytest.LogCaptureFi
         gone: set[int] = set()
         while len(gone) < ended:
             for child in psutil.Process().children():
-                if child.pid not in gone:
+                if child.pid not in gone and "planner_process" in " ".join(child.cmdline()):
                     child.kill()
                     gone.add(child.pid)
             await asyncio.sleep(0.001)
