@@ -15,7 +15,7 @@ import numpy as np
 from elastic_moe.cluster.decisions.joining import together
 from elastic_moe.cluster.facts.adaptation import adapt
 from elastic_moe.cluster.facts.facts import Choice, Facts
-from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord, serves
+from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord, entries, serves
 from elastic_moe.cluster.facts.tiering import assign_tiers, next_step, pins_of
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
 from elastic_moe.cluster.placement import Placement, Worker, WorkerId
@@ -90,13 +90,13 @@ def shares(facts: Facts, missing: int) -> list[BoolArray]:
         all_fit = -(-num_lost // missing) <= most
         part = np.where(all_fit, part, place % missing)
         order = np.where(all_fit, order, place // missing)
-    layers, experts = np.divmod(np.flatnonzero(~held & (order < (num_experts if most is None else most))), num_experts)
+    layers, experts = entries(~held & (order < (num_experts if most is None else most)))
     found[part[layers, experts], layers, experts] = True
     # heavy and light ones, as many as an even share has
     even = num_experts // team
     room = (even if most is None else min(even, most)) - found.sum(axis=2)
     part, order = (place - num_lost) % team, (place - num_lost) // team
-    layers, experts = np.divmod(np.flatnonzero(held & (part < missing)), num_experts)
+    layers, experts = entries(held & (part < missing))
     part, order = part[layers, experts], order[layers, experts]
     given = order < room[part, layers]
     found[part[given], layers[given], experts[given]] = True

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from elastic_moe.cluster.facts.events import ExpertKey
-from elastic_moe.cluster.facts.membership import BoolArray, needs
+from elastic_moe.cluster.facts.membership import BoolArray, entries, needs
 from elastic_moe.cluster.placement import Move, Placement, WorkerId
 
 
@@ -54,10 +54,9 @@ def plan_transfers(
     given = [0] * len(names)
     for worker in placement.workers:
         # all of a worker's at once: the coordinator's loop waits for it
-        missing = np.flatnonzero(needs(placement, worker.id) & ~has[worker.id])
-        if not len(missing):
+        layers, experts = entries(needs(placement, worker.id) & ~has[worker.id])
+        if not len(layers):
             continue
-        layers, experts = np.divmod(missing, placement.num_logical_experts)
         number, source = np.nonzero((held[:, layers, experts] & (names != worker.id)[:, None]).T)
         if read_all:
             number = source = number[:0]
