@@ -50,12 +50,12 @@ class Groups:
         self._router = Router(self._groups, self._changed)
         self.engine: Requests = self._router
         self._watch = Background(task_failed)
-        self.watch = LoopWatch("an API replica")
+        self.loop_watch = LoopWatch("an API replica")
 
     def begin(self) -> None:
         for group in self._groups:
             group.begin()
-        self._watch.start(self.watch.watch())
+        self._watch.start(self.loop_watch.watch())
         self._watch.start(keep_collections_short(lambda: sum(len(group.engine) for group in self._groups)))
         self._router.begin()
         if self._directory is not None:

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from elastic_moe.actors.coordinator import polling
 from elastic_moe.actors.coordinator.control_loop import ControlLoop
-from elastic_moe.actors.coordinator.coordinator import Coordinator
-from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.messages.epochs import WorkerInfo
 from elastic_moe.cluster.placement import WorkerId
+from tests.actors.coordinator.running import control_loop, ready, running, until
 from tests.actors.fakes import LOAD, PlainFleet
 
 WORKERS = 3
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def test_what_workers_of_a_node_did_is_added_up_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,30 +23,30 @@ def test_what_workers_of_a_node_did_is_added_up_on_the_way(tmp_path: Path, monke
     calls: list[str] = []
 
     async def story() -> None:
-        config = ServeConfig(workers=WORKERS)
-        fleet = PlainFleet(config)
-        coordinator = Coordinator(config, str(tmp_path), fleet)
-        async with asyncio.timeout(10):
-            while not (await coordinator.readiness()).ready:
-                await asyncio.sleep(0.005)
-        loop = coordinator._loop
-        assert isinstance(loop, ControlLoop)
-        for name, worker in fleet.workers.items():
+        async with running(tmp_path, workers=WORKERS) as (coordinator, fleet):
+            await ready(coordinator)
+            loop = control_loop(coordinator)
+            for name, worker in fleet.workers.items():
 
-            async def count(method: str, name: str = name) -> None:
-                if method == "report":
-                    calls.append(name)
+                async def count(method: str, name: str = name) -> None:
+                    if method == "report":
+                        calls.append(name)
 
-            worker.before = count
-        calls.clear()
-        seen = loop.window.reports
-        await until(lambda: loop.window.reports >= seen + 3)
-        # one report is taken for the calls of three workers
-        assert abs(len(calls) / WORKERS - (loop.window.reports - seen)) <= 1
-        assert loop.window.taken.sum() == loop.window.reports * WORKERS * LOAD.sum()
-        assert set(loop.poller.resident) == set(fleet.workers) == set(loop.poller.link_gbps)
-        await _one_fails(loop, fleet)
-        await coordinator.shutdown()
+                worker.before = count
+            calls.clear()
+            seen = loop.window.reports
+            await reports(loop, seen + 3)
+            # one report is taken for the calls of three workers
+            assert abs(len(calls) / WORKERS - (loop.window.reports - seen)) <= 1
+            assert loop.window.taken.sum() == loop.window.reports * WORKERS * LOAD.sum()
+            assert set(loop.poller.resident) == set(fleet.workers) == set(loop.poller.link_gbps)
+            await _one_fails(loop, fleet)
+
+    async def reports(loop: ControlLoop, number: int) -> None:
+        async def there() -> bool:
+            return loop.window.reports >= number
+
+        await until(there)
 
     async def _one_fails(loop: ControlLoop, fleet: PlainFleet) -> None:
         """Its node's report is lost, the worker is not, and the next report comes."""
@@ -67,9 +59,12 @@ def test_what_workers_of_a_node_did_is_added_up_on_the_way(tmp_path: Path, monke
                 raise StepAborted("not now")
 
         fleet.workers[WorkerId("w1")].before = fail
-        await until(lambda: failed == 2)
-        seen = loop.window.reports
-        await until(lambda: loop.window.reports > seen)
+
+        async def has_failed() -> bool:
+            return failed == 2
+
+        await until(has_failed)
+        await reports(loop, loop.window.reports + 1)
         assert loop.window.taken.sum() == loop.window.reports * WORKERS * LOAD.sum()
         infos = [record.info for record in loop.state.facts.loaded]
         assert all(isinstance(info, WorkerInfo) for info in infos)

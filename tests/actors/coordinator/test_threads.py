@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_moe.actors.coordinator.coordinator import Coordinator
-from elastic_moe.cluster.config import ServeConfig
-from tests.actors.fakes import PlainFleet
+from tests.actors.coordinator.running import ready, running
 
 
 @pytest.mark.parametrize(
@@ -22,17 +20,12 @@ def test_the_groups_that_there_are_share_the_cores(
     """asked: the groups that an admin call has asked for, in place of the settings' two."""
 
     async def story() -> None:
-        config = ServeConfig(workers=2, data_parallel_size=2)
-        fleet = PlainFleet(config)
-        fleet.groups, fleet.threads = asked, 8
-        coordinator = Coordinator(config, str(tmp_path), fleet)
-        async with asyncio.timeout(10):
-            while not (await coordinator.readiness()).ready:
-                await asyncio.sleep(0.005)
-        specs = [worker.target.spec for worker in fleet.workers.values()]
-        assert [(s.num_threads, s.node_threads, s.node_workers) for s in specs] == [
-            (num_threads, node_threads, node_workers)
-        ] * 2
-        await coordinator.shutdown()
+        async with running(tmp_path, data_parallel_size=2) as (coordinator, fleet):
+            fleet.groups, fleet.threads = asked, 8
+            await ready(coordinator)
+            specs = [worker.target.spec for worker in fleet.workers.values()]
+            assert [(s.num_threads, s.node_threads, s.node_workers) for s in specs] == [
+                (num_threads, node_threads, node_workers)
+            ] * 2
 
     asyncio.run(story())

@@ -116,9 +116,9 @@ async def _replica(endpoint: Endpoint, pipe: Connection) -> None:
         await asyncio.sleep(0.05)
     pipe.send(server.servers[0].sockets[0].getsockname()[1])
     while await asyncio.to_thread(pipe.recv):
-        pipe.send((time.process_time(), backend.watch.longest_s))
+        pipe.send((time.process_time(), backend.loop_watch.longest_s))
         # the next answer tells of the time since this one
-        backend.watch.longest_s = 0.0
+        backend.loop_watch.longest_s = 0.0
     server.should_exit = server.force_exit = True
     await serving
     await backend.end()
