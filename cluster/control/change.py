@@ -221,11 +221,12 @@ class Epochs:
             commands += self.fail(f"epoch {self.change.spec.epoch} could not begin: {reason}", cause, now)
         return commands + self.give_up(reason, now)
 
-    def give_up(self, reason: str, now: float, *, at_once: bool = False) -> list[Command]:
+    def give_up(self, reason: str, now: float, *, at_once: bool = False, taken_up: bool = False) -> list[Command]:
         """Roll the change back. A re-placement or promotion has then failed; anything else is tried again, from what is
         there.
 
-        at_once: the next attempt may begin without a pause, because the cause is known and dealt with.
+        at_once: the next attempt may begin without a pause, because the cause is known and dealt with. taken_up: a
+        re-placement will be tried again too.
         """
         change, self.change = self.change, None
         assert change is not None
@@ -238,7 +239,7 @@ class Epochs:
             workers = tuple(worker for worker in change.workers if self._membership[worker].alive)
             self._membership.unstage(workers)
             commands.append(Abandon(epoch=change.spec.epoch, workers=workers))
-        if elective:
+        if elective and not taken_up:
             self._operations.fail(change.operation_id, reason)
             self._counters.rebalances[RebalanceResult.FAILED] += change.kind is OperationKind.REBALANCE
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from elastic_moe.cluster.errors import PlacementError
@@ -28,6 +28,10 @@ RELIEF = "relief"
 SETTLING_S = (10.0, 20.0, 40.0)
 """Seconds from a change of subject to looks at the whole placement, besides the periodic ones. Each window has counted
 twice as much of the new subject as the one before, and a look moves only a part of the experts."""
+
+
+MAX_RESTARTS = 3
+"""Restarts of the coordinator through which a re-placement that was asked for is carried: it may be their cause."""
 
 
 # --- Decisions ----------------------------------------------------------------------------------------------------
@@ -148,6 +152,16 @@ def _slots(placement: Placement) -> str:
 # --- The owner ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A re-placement that a user asked for."""
+
+    operation_id: str
+    event: RebalanceRequested | PlaceRequested
+    restarts: int = 0
+    """How often it was taken up again by a coordinator that was restarted."""
+
+
 class Rebalancing:
     """Owns the planner at work, the pin, and the time of the next periodic look."""
 
@@ -160,6 +174,8 @@ class Rebalancing:
         """Whether periodic re-placement must not change the placement."""
         self._pins: str | None = None
         """Id of the operation that pins the placement when it completes."""
+        self._asked: Asked | None = None
+        """The last re-placement that a user asked for."""
         self._adopted: str | None = None
         """Id of the operation that carries out the last plan that was adopted."""
         self._look_at: float | None = None
@@ -194,7 +210,10 @@ class Rebalancing:
         return self._ask(facts, RELIEF, reason, now, requested=False)
 
     def requested(self, facts: Facts, event: RebalanceRequested, now: float) -> list[Command]:
-        return self._ask(facts, event.planner, f"requested, planner {event.planner}", now, requested=True)
+        commands = self._ask(facts, event.planner, f"requested, planner {event.planner}", now, requested=True)
+        assert self.planning is not None
+        self._asked = Asked(self.planning.operation_id, event)
+        return commands
 
     def _ask(
         self, facts: Facts, planner: str | None, reason: str, now: float, *, requested: bool, settling: bool = False
@@ -202,15 +221,13 @@ class Rebalancing:
         operation = self._operations.open(
             OperationKind.REBALANCE, facts.next_epoch, reason, asked=f"planner {planner}" if requested else ""
         )
-        self.planning = Planning(
-            ticket=self._next_ticket,
-            operation_id=operation.operation_id,
-            since=now,
-            requested=requested,
-            forced=requested and planner != "auto",
-        )
-        self._next_ticket += 1
+        self.planning = self._planning(operation.operation_id, planner, now, requested=requested)
         return [Solve(ticket=self.planning.ticket, planner=planner, settling=settling)]
+
+    def _planning(self, operation_id: str, planner: str | None, now: float, *, requested: bool) -> Planning:
+        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        forced = requested and planner != "auto"
+        return Planning(ticket=ticket, operation_id=operation_id, since=now, requested=requested, forced=forced)
 
     def answered(self, facts: Facts, event: PlanReady, now: float) -> tuple[Operation, Placement] | None:
         """A planner has answered. Returns the change to begin, if its plan is adopted."""
@@ -247,6 +264,7 @@ class Rebalancing:
         )
         if placement != facts.goal:
             self._pins = operation.operation_id if event.pinned else None
+            self._asked = Asked(operation.operation_id, event)
             return operation, placement
         self.pinned = self.pinned or event.pinned is True
         self._operations.complete(operation.operation_id, f"{operation.reason}: it is the current one already")
@@ -276,16 +294,56 @@ class Rebalancing:
                 self.pinned, self._pins = True, None
 
     def cancel(self, reason: str) -> None:
-        """Fail the operation of the planner at work. Its answer will be ignored."""
+        """Fail the operation of the planner at work, or of what was to be taken up. A late answer will be ignored."""
         if self.planning is not None:
             self._fail(self.planning.operation_id, reason)
             self.planning = None
 
-    def resume(self, now: float) -> None:
-        """Set all times by the clock of a restarted coordinator."""
+    # --- A restarted coordinator ------------------------------------------------------------------------------------
+
+    def resume(self, why: str, change: Change | None, now: float) -> bool:
+        """Set all times by the clock of a restarted coordinator, and prepare to take up a re-placement that a user
+        asked for. Other looks come again by themselves.
+
+        change: the change under way, if it is to be given up. Returns whether that one is taken up, so that its
+        operation stays open.
+        """
         self._settling = ()
         if self._look_at is not None:
             self._look_at = now + self._interval_s
+        under_way = change if self.planning is None else self.planning
+        asked = self._asked
+        if under_way is None or asked is None or asked.operation_id != under_way.operation_id:
+            self.cancel(why)
+            return False
+        if asked.restarts == MAX_RESTARTS:
+            self.cancel(f"{why} for the {MAX_RESTARTS + 1}th time")
+            return False
+        self._asked = replace(asked, restarts=asked.restarts + 1)
+        self._operations.note_error(asked.operation_id, why)
+        planner = asked.event.planner if isinstance(asked.event, RebalanceRequested) else None
+        self.planning = replace(self._planning(asked.operation_id, planner, now, requested=True), interrupted=True)
+        return under_way is change
+
+    def take_up(self, facts: Facts, now: float) -> tuple[list[Command], tuple[Operation, Placement] | None]:
+        """Begin again what was asked for before the coordinator was restarted, once the cluster serves. Returns what to
+        do, and the change to begin."""
+        planning = self.planning
+        if planning is None or not planning.interrupted or facts.probing or not facts.serves:
+            return [], None
+        assert self._asked is not None
+        asked = self._asked.event
+        if isinstance(asked, RebalanceRequested):
+            self.planning = replace(planning, interrupted=False, since=now)
+            return [Solve(ticket=planning.ticket, planner=asked.planner)], None
+        self.planning = None
+        operation = self._operations.get(planning.operation_id)
+        assert operation is not None
+        try:
+            return [], (operation, of_members(facts, asked.placement))
+        except PlacementError as error:
+            self._fail(operation.operation_id, str(error))
+            return [], None
 
     def _fail(self, operation_id: str, reason: str) -> None:
         self._operations.fail(operation_id, reason)

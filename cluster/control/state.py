@@ -241,9 +241,11 @@ class ControlState:
         if self._owners.epochs.is_stable(now):
             self._owners.epochs.forgive(now)
             self._owners.membership.forgive()
-        commands = self._owners.undoing.tick(self.facts, now)
+        commands, change = self._owners.rebalancing.take_up(self.facts, now)
+        commands += self._transitions.begin(change, now)
+        commands += self._owners.undoing.tick(self.facts, now)
         # a look at the whole placement waits until it is known whether the last change is undone
-        return commands if self._owners.undoing.weighing else self._owners.rebalancing.tick(self.facts, now)
+        return commands if self._owners.undoing.weighing else commands + self._owners.rebalancing.tick(self.facts, now)
 
     # --- A redeploy ---------------------------------------------------------------------------------------------
 
@@ -295,15 +297,15 @@ class ControlState:
         self._owners.homes.resume(now)
         self._owners.scaling.resume(now)
         self._owners.draining.resume()
-        self._owners.rebalancing.resume(now)
         self._owners.undoing.resume(now)
-        self._owners.rebalancing.cancel(why)
         self._owners.epochs.resume(now)
         # a worker that is asked again loads no second time
         commands: list[Command] = [*self._owners.membership.resume(now)]
         change = self._owners.epochs.change
-        if change is not None and change.stage is not Stage.COMMITTING:
-            commands += self._owners.epochs.give_up(why, now, at_once=True)
+        lost = change if change is not None and change.stage is not Stage.COMMITTING else None
+        taken_up = self._owners.rebalancing.resume(why, lost, now)
+        if lost is not None:
+            commands += self._owners.epochs.give_up(why, now, at_once=True, taken_up=taken_up)
         elif change is not None and change.spec.epoch == event.engine_epoch:
             commands += self._transitions.committed(now)
         elif change is not None:

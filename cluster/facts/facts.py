@@ -125,7 +125,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning:
-    """A planner at work."""
+    """A planner at work, or a re-placement that is to be taken up again."""
 
     ticket: int
     operation_id: str
@@ -133,6 +133,8 @@ class Planning:
     requested: bool
     forced: bool
     """Whether a user named the planner: then its plan is carried out, even if no gain is predicted."""
+    interrupted: bool = False
+    """Whether the coordinator was restarted meanwhile. The re-placement is then taken up again from its beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -110,12 +110,9 @@ def test_a_coordinator_that_dies_during_a_rebalance(tmp_path: Path) -> None:
             second = Coordinator(fleet.config, str(tmp_path), fleet)
             await asyncio.wait_for(second._opened.wait(), 5)
             await ready(second)
-            assert (await ended(second, operation.operation_id)).error == "the coordinator was restarted"
-            assert (await second.placement()).epoch == 1
-            await asyncio.sleep(0.1)
-            again = await second.rebalance("greedy")
-            assert isinstance(again, Operation)
-            assert (await ended(second, again.operation_id)).phase is Phase.COMPLETED
+            # it was asked for, so the successor begins it again
+            assert (await ended(second, operation.operation_id)).phase is Phase.COMPLETED
+            assert (await second.placement()).epoch > 2
             await second.shutdown()
 
     asyncio.run(story())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elastic_moe.cluster.control.rebalancing import SETTLING_S, Judgement, judge, room, too_much, worth_a_look
-from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import (
     PlaceRequested,
     PlanReady,
@@ -17,7 +17,7 @@ from elastic_moe.cluster.facts.events import (
     Tick,
     Unpin,
 )
-from elastic_moe.cluster.facts.facts import Choice, Planning
+from elastic_moe.cluster.facts.facts import Choice, Planning, Stage
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.messages.views import Phase
 from elastic_moe.cluster.placement import WorkerId
@@ -259,3 +259,72 @@ def test_a_change_of_subject_waits_where_the_placement_must_stay(why: str) -> No
     sim.log.clear()
     sim.feed(SubjectChanged())
     assert not [solve for solve in sent(sim, Solve) if solve.planner == "relief"]
+
+
+@pytest.mark.parametrize("asked", ["a planner", "a placement"])
+@pytest.mark.parametrize("stage", [Stage.PLANNING, Stage.TRANSFERRING, Stage.PREPARING])
+def test_what_was_asked_for_outlives_the_coordinator(asked: str, stage: Stage) -> None:
+    sim = serving(2)
+    assert sim.facts.spec is not None
+    before = sim.facts.spec.placement
+    wanted = shuffled(before, sim.rng)
+    if asked == "a planner":
+        sim.feed(RebalanceRequested(planner="round_robin"))
+    else:
+        sim.feed(PlaceRequested(placement=wanted, pinned=True))
+    asked_for = newest(sim).operation_id
+    while stage is not Stage.PLANNING and (sim.facts.change is None or sim.facts.change.stage is not stage):
+        sim.finish(0)
+    for _ in range(3):
+        sim.restart_coordinator(flipped=0.0)
+        assert newest(sim).error == "the coordinator was restarted"
+        with pytest.raises(ConflictError, match=asked_for):
+            sim.feed(RebalanceRequested(planner="auto"))
+    sim.settle()
+    operation = sim.state.operations.get(asked_for)
+    assert operation is not None
+    assert (operation.phase, operation.error) == (Phase.COMPLETED, None)
+    assert sim.state.counters.rebalances == {"completed": 1, "failed": 0, "skipped": 0, "undone": 0}
+    if asked == "a planner":
+        assert sim.facts.spec.placement != before
+    else:
+        assert sim.facts.spec.placement == wanted
+        assert sim.facts.pinned
+
+
+def test_what_nobody_asked_for_ends_with_the_coordinator() -> None:
+    sim = serving(2, interval_s=5.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    sim.now += 10
+    sim.feed(Tick())
+    sim.restart_coordinator(flipped=0.0)
+    assert (newest(sim).phase, newest(sim).error) == (Phase.FAILED, "the coordinator was restarted")
+    assert sim.facts.planning is None
+
+
+def test_a_re_placement_that_ends_each_coordinator_is_given_up() -> None:
+    sim = serving(2)
+    sim.feed(RebalanceRequested(planner="auto"))
+    for _ in range(3):
+        sim.restart_coordinator(flipped=0.0)
+        assert newest(sim).phase is Phase.PREPARING
+    sim.restart_coordinator(flipped=0.0)
+    assert (newest(sim).phase, newest(sim).error) == (Phase.FAILED, "the coordinator was restarted for the 4th time")
+
+
+@pytest.mark.parametrize("asked", ["a planner", "a placement"])
+def test_what_was_asked_for_ends_where_a_worker_is_lost_with_the_coordinator(asked: str) -> None:
+    sim = serving(3)
+    assert sim.facts.spec is not None
+    if asked == "a planner":
+        sim.feed(RebalanceRequested(planner="auto"))
+    else:
+        sim.feed(PlaceRequested(placement=shuffled(sim.facts.spec.placement, sim.rng)))
+    asked_for = newest(sim).operation_id
+    sim.workers[W1].alive = False
+    sim.restart_coordinator(flipped=0.0)
+    sim.settle()
+    operation = sim.state.operations.get(asked_for)
+    assert operation is not None
+    assert operation.phase is Phase.FAILED
+    assert sim.settled
