@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.lines import meant
 from elastic_moe.cluster.peers import Networks
 from elastic_moe.cluster.setting import DAY_S, MILLION, MOST_BYTES, checked, names, setting
 
@@ -406,7 +407,8 @@ class ServeConfig:
         for key, value in data.items():
             name = key.replace("-", "_") if isinstance(key, str) else ""
             if name not in known:
-                raise ConfigError(f"{source}: unknown key {reprlib.repr(key)}; known keys: {', '.join(sorted(known))}")
+                known_keys = meant(name, sorted(known)) or f"; known keys: {', '.join(sorted(known))}"
+                raise ConfigError(f"{source}: unknown key {reprlib.repr(key)}{known_keys}")
             if name in values:
                 raise ConfigError(f"{source}: {key!r} is given twice")
             values[name] = value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 """ANSI escape sequences: for colours, cursor movements, window titles, and the two-character ones."""
@@ -20,3 +22,9 @@ def ending(text: str, most: int) -> str:
         return text
     kept = text[-most:]
     return "... " + (kept.partition(" ")[2] or kept)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What a message says behind a name that is not known, such as ` (did you mean port?)`; empty if none is alike."""
+    alike = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f" (did you mean {alike[0]}?)" if alike else ""

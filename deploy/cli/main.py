@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError, UserError, why
 from elastic_moe.cluster.keys import with_keys
+from elastic_moe.cluster.lines import meant
 from elastic_moe.cluster.setting import base_type, forms_of, has_unit, path_flag, read_yaml, with_unit
 from elastic_moe.deploy.calibrating import flags as calibrating
 from elastic_moe.deploy.calls import scale as cli_scale
@@ -32,11 +33,34 @@ from elastic_moe.deploy.launch.console import logged
 from elastic_moe.model.checkpoints.raw import read_configuration
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser that raises UserError for what is wrong; argparse would print the whole usage before it."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Like argparse's, and a verb refuses what it does not know: only it knows its own flags."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self._refuse(rest)
+        return parsed, rest
+
+    def _refuse(self, rest: Sequence[str]) -> NoReturn:
+        flag = next((argument.partition("=")[0] for argument in rest if argument.startswith("--")), None)
+        if flag is None:
+            self.error(f"unexpected argument: {rest[0]}; `{self.prog} --help` shows what is expected")
+        for action in self._actions:
+            if not action.option_strings and flag == f"--{action.dest}":
+                self.error(f"unknown flag {flag}: give {action.metavar} without a flag, as `{self.prog} --help` shows")
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        self.error(f"unknown flag {flag}{meant(flag, known)}; `{self.prog} --help` lists all flags")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            text = f"expected one of {', '.join(choices)}, got {str(value)!r}{meant(str(value), choices)}"
+            raise argparse.ArgumentError(action, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="emoe", description="Elastic Mixture-of-Experts serving on Ray.", allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(prog="emoe", description="Elastic Mixture-of-Experts serving on Ray.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"emoe {metadata.version('elastic-moe')}")
     parser.set_defaults(run=lambda _: _show_help(parser))
-    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", parser_class=_Parser)
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", parser_class=Parser)
     _add_serve(verbs)
     _add_cluster_env(verbs)
     _add_until_notice(verbs)

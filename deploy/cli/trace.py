@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add the verb; the parser's `run` takes the parsed arguments and returns the exit code."""
     what = "record which experts a text's tokens choose"
     trace = subparsers.add_parser("trace", help=what, description=what.capitalize() + ".", allow_abbrev=False)
-    verbs = trace.add_subparsers(dest="trace_verb", metavar="COMMAND", required=True, parser_class=type(trace))
+    verbs = trace.add_subparsers(dest="trace_verb", metavar="record|list", required=True, parser_class=type(trace))
     record = verbs.add_parser(
         "record",
         help="run a model over text, on this machine's CPU",

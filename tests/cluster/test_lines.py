@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from elastic_moe.cluster.lines import ending, single_line
+from elastic_moe.cluster.lines import ending, meant, single_line
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,11 @@ def test_the_end_is_kept() -> None:
     assert ending(text, 100) == text
     assert ending(text, 12) == "... the cause"
     assert ending("x" * 50, 10) == "... " + "x" * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("wokers", " (did you mean workers?)"), ("workers", " (did you mean workers?)"), ("zebra", ""), ("", "")],
+)
+def test_a_name_that_was_probably_meant(name: str, says: str) -> None:
+    assert meant(name, ["port", "workers", "planner"]) == says

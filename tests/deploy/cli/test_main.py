@@ -63,7 +63,12 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
     [
         (["serve", "--workers", "many"], "--workers"),
         (["serve", "--workers", "0"], "workers"),
-        (["serve", "--wokers", "2"], "--wokers"),
+        (["serve", "--wokers", "2"], "unknown flag --wokers (did you mean --workers?); `emoe serve --help` lists all"),
+        (["serve", "--max-model-le=4"], "unknown flag --max-model-le (did you mean --max-model-len?)"),
+        (["serve", "--model", "x"], "unknown flag --model: give MODEL_DIR without a flag"),
+        (["serve", "a", "b"], "unexpected argument: b"),
+        (["plan", "x.npz", "--workres", "4"], "unknown flag --workres (did you mean --workers?)"),
+        (["trace"], "record|list"),
         (["serve", "--port", "70000"], "port"),
         (["serve", "--device", "tpu"], "--device"),
         (["serve", "--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
@@ -74,7 +79,7 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
         (["serve", "--calibration", ""], "calibration: expected some text, got an empty one"),
         (["serve", "--config", ""], "--config: expected a path, got an empty text"),
         (["serve", "--tool-call-parser", "foo"], "tool_call_parser: expected one of deepseek_v3, "),
-        (["sevre"], "sevre"),
+        (["sevre"], "got 'sevre' (did you mean serve?)"),
     ],
 )
 def test_mistakes_are_reported_before_anything_starts(args: list[str], says: str) -> None:
