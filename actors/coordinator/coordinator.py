@@ -149,12 +149,15 @@ class Coordinator:
         loop = self._require_loop()
         # raises NotReadyError before there is anything to plan for
         placement_view(loop.state)
+        await loop.poller.refresh_counts(loop.state.facts)
         return await loop.planners.preview(planner, loop.state.facts)
 
     async def rebalance(self, planner: str) -> Operation:
         """Raises ConflictError, which names the running operation, NotReadyError, and ConfigError as `preview`."""
         check_planner(planner)
         loop = self._require_loop()
+        # the last poll may have been before the requests that this is about
+        await loop.poller.refresh_counts(loop.state.facts)
         loop.feed(RebalanceRequested(planner=planner))
         return newest_operation(loop.state)
 

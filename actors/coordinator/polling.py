@@ -212,6 +212,12 @@ class Poller:
             with contextlib.suppress(*CALL_ERRORS):
                 self._seen(await within(ask(engine, Engine.status), liveness.POLL_S))
 
+    async def refresh_counts(self, facts: Facts) -> None:
+        """Have every node's counts in the window now; those that do not come within POLL_S are left out."""
+        reports = (self._fetch_report(node, actors, 0.0) for node, actors in self._nodes(facts).items())
+        with contextlib.suppress(TimeoutError):
+            await within(asyncio.gather(*reports), liveness.POLL_S)
+
     async def _poll_worker(self, record: WorkerRecord, actor: Remote[WorkerActor], delay_s: float) -> None:
         try:
             if delay_s:
@@ -236,16 +242,21 @@ class Poller:
 
     def _look_at_nodes(self, facts: Facts) -> None:
         """Ask each node for its workers' report where it is due."""
-        nodes: dict[str, list[Remote[WorkerActor]]] = {}
-        for record in facts.loaded:
-            actor = self._processes.workers.get(record.id)
-            if actor is not None and record.info is not None:
-                nodes.setdefault(record.info.node, []).append(actor)
+        nodes = self._nodes(facts)
         now, every_s = time.monotonic(), min(self._window.window_s / COUNTS_PER_WINDOW, COUNTS_S)
         due = [node for node in nodes if now - self._reported_at.get(node, 0.0) >= every_s]
         self._reported_at = {node: now if node in due else self._reported_at[node] for node in nodes}
         for number, node in enumerate(due):
             self._spawn(self._fetch_report(node, nodes[node], number * APART_S))
+
+    def _nodes(self, facts: Facts) -> dict[str, list[Remote[WorkerActor]]]:
+        """The loaded workers of each node."""
+        nodes: dict[str, list[Remote[WorkerActor]]] = {}
+        for record in facts.loaded:
+            actor = self._processes.workers.get(record.id)
+            if actor is not None and record.info is not None:
+                nodes.setdefault(record.info.node, []).append(actor)
+        return nodes
 
     async def _fetch_report(self, node: str, actors: Sequence[Remote[WorkerActor]], delay_s: float) -> None:
         try:

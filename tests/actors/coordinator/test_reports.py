@@ -71,3 +71,32 @@ def test_what_workers_of_a_node_did_is_added_up_on_the_way(tmp_path: Path, monke
         assert len(infos) == WORKERS
 
     asyncio.run(story())
+
+
+def test_who_asks_for_a_placement_gets_one_for_all_that_was_done_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports come every five seconds otherwise, and a dry run behind a user's first requests said that nothing was
+    counted."""
+    monkeypatch.setattr(polling, "COUNTS_S", 3600.0)
+    monkeypatch.setattr(polling, "COUNTS_PER_WINDOW", 1e-3)
+    monkeypatch.setattr(polling.liveness, "POLL_S", 0.2)
+
+    async def story() -> None:
+        async with running(tmp_path, workers=2) as (coordinator, fleet):
+            await ready(coordinator)
+            loop = control_loop(coordinator)
+            before = loop.window.reports
+            await coordinator.preview("greedy")
+            assert loop.window.reports == before + 1
+            await coordinator.rebalance("greedy")
+            assert loop.window.reports == before + 2
+
+            async def hang(method: str) -> None:
+                if method == "report":
+                    await asyncio.Event().wait()
+
+            fleet.workers[WorkerId("w1")].before = hang
+            await asyncio.wait_for(coordinator.preview("greedy"), 5)
+
+    asyncio.run(story())
