@@ -30,6 +30,9 @@ SETTLING_S = (10.0, 20.0, 40.0)
 twice as much of the new subject as the one before, and a look moves only a part of the experts."""
 
 
+COUNTS_PATIENCE_S = 10.0
+"""Seconds that a planner which is asked again waits for routing counts: a restarted coordinator has none at first."""
+
 MAX_RESTARTS = 3
 """Restarts of the coordinator through which a re-placement that was asked for is carried: it may be their cause."""
 
@@ -158,6 +161,7 @@ class Asked:
 
     operation_id: str
     event: RebalanceRequested | PlaceRequested
+    """What was asked; once a planner's plan is adopted, that."""
     restarts: int = 0
     """How often it was taken up again by a coordinator that was restarted."""
 
@@ -248,7 +252,11 @@ class Rebalancing:
             assert event.placement is not None
             self._operations.advance(operation.operation_id, reason=reason)
             self._adopted = operation.operation_id
-            return operation, with_tiers(facts, event.placement)
+            placement = with_tiers(facts, event.placement)
+            if self._asked is not None and self._asked.operation_id == operation.operation_id:
+                # a coordinator that is restarted has lost the counts that it was planned for
+                self._asked = replace(self._asked, event=PlaceRequested(placement=placement))
+            return operation, placement
         return None
 
     def place(self, facts: Facts, event: PlaceRequested) -> tuple[Operation, Placement] | None:
@@ -334,6 +342,8 @@ class Rebalancing:
         assert self._asked is not None
         asked = self._asked.event
         if isinstance(asked, RebalanceRequested):
+            if not facts.load.any() and now - planning.since < COUNTS_PATIENCE_S:
+                return [], None
             self.planning = replace(planning, interrupted=False, since=now)
             return [Solve(ticket=planning.ticket, planner=asked.planner)], None
         self.planning = None

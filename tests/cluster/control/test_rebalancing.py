@@ -275,6 +275,8 @@ def test_what_was_asked_for_outlives_the_coordinator(asked: str, stage: Stage) -
     asked_for = newest(sim).operation_id
     while stage is not Stage.PLANNING and (sim.facts.change is None or sim.facts.change.stage is not stage):
         sim.finish(0)
+    if sim.facts.change is not None:
+        wanted = sim.facts.change.goal
     for _ in range(3):
         sim.restart_coordinator(flipped=0.0)
         assert newest(sim).error == "the coordinator was restarted"
@@ -285,11 +287,29 @@ def test_what_was_asked_for_outlives_the_coordinator(asked: str, stage: Stage) -
     assert operation is not None
     assert (operation.phase, operation.error) == (Phase.COMPLETED, None)
     assert sim.state.counters.rebalances == {"completed": 1, "failed": 0, "skipped": 0, "undone": 0}
-    if asked == "a planner":
+    if asked == "a planner" and stage is Stage.PLANNING:
         assert sim.facts.spec.placement != before
     else:
         assert sim.facts.spec.placement == wanted
-        assert sim.facts.pinned
+    assert sim.facts.pinned == (asked == "a placement")
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_planner_that_is_asked_again_waits_for_counts(counted: bool) -> None:
+    sim = serving(2)
+    sim.feed(RebalanceRequested(planner="auto"))
+    sim.restart_coordinator(flipped=0.0)
+    sim.finish(0)
+    sim.count(np.zeros((LAYERS, EXPERTS), dtype=np.int64))
+    sim.now += 5
+    sim.feed(Tick())
+    assert len(sent(sim, Solve)) == 1
+    if counted:
+        sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    else:
+        sim.now += 6
+    sim.feed(Tick())
+    assert len(sent(sim, Solve)) == 2
 
 
 def test_what_nobody_asked_for_ends_with_the_coordinator() -> None:
