@@ -26,5 +26,6 @@ def ending(text: str, most: int) -> str:
 
 def meant(name: str, known: Iterable[str]) -> str:
     """What a message says behind a name that is not known, such as ` (did you mean port?)`; empty if none is alike."""
-    alike = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return f" (did you mean {alike[0]}?)" if alike else ""
+    words = {word.lstrip("-"): word for word in known}
+    alike = difflib.get_close_matches(name.lstrip("-"), list(words), n=1)
+    return f" (did you mean {words[alike[0]]}?)" if alike else ""

@@ -28,8 +28,10 @@ from typing import Any
 
 import numpy as np
 
+from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.facts.routing import load_imbalance, load_per_worker
 from elastic_moe.cluster.placement import EMPTY, Placement
+from elastic_moe.optimizer.study.figures import pyplot
 
 PROMPTS = {
     "Bible": (
@@ -87,7 +89,7 @@ class Server:
 
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(ask, range(requests)))
-        time.sleep(3)  # workers report their counts once a second
+        time.sleep(1.5)  # counts may be a second old
         load = self._load()
         if (load >= before).all():
             load -= before
@@ -137,7 +139,16 @@ def main() -> None:
     parser.add_argument("--by-itself", action="store_true", help="leave the change of subject to the server")
     parser.add_argument("--figure", type=Path, help="draw the stages into this file (.svg or .png; needs matplotlib)")
     args = parser.parse_args()
-    server = Server(args.url)
+    if args.figure is not None:
+        # before the run, which takes minutes
+        try:
+            pyplot()
+        except ConfigError as error:
+            parser.error(str(error))
+    try:
+        server = Server(args.url)
+    except urllib.error.URLError as error:
+        parser.error(f"no server answers at {args.url} ({error.reason}); `emoe serve --workers 4` starts one")
     stages: list[Stage] = []
     known: dict[str, str] = {}
     for subject in PROMPTS:
@@ -162,10 +173,7 @@ def main() -> None:
 
 def draw(stages: list[Stage], path: Path) -> None:
     """A panel for each stage: workers across, layers down, load over the layer's mean as the colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     plt.rcParams.update({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "elastic-moe"})
     figure, axes = plt.subplots(1, len(stages), figsize=(1.55 * len(stages) + 0.9, 2.9), sharey=True, squeeze=False)

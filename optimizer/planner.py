@@ -8,6 +8,7 @@ from importlib import import_module
 import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.lines import meant
 from elastic_moe.optimizer.auto import auto_plan
 from elastic_moe.optimizer.baselines.heuristics import greedy_table
 from elastic_moe.optimizer.baselines.pinning import pinning_plan
@@ -68,7 +69,7 @@ PLANNERS: tuple[str, ...] = tuple(_PLANNERS)
 def check_planner(name: str) -> None:
     """Raises ConfigError for the name of no planner."""
     if name not in _PLANNERS:
-        raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {name!r}")
+        raise ConfigError(f"planner: expected one of {', '.join(PLANNERS)}, got {name!r}{meant(name, PLANNERS)}")
 
 
 def plan(

@@ -112,6 +112,8 @@ class Coordinator:
 
     async def routing(self) -> RoutingView:
         loop = self._require_loop()
+        # `emoe top` and pages ask each second
+        await loop.poller.refresh_counts(loop.state.facts, liveness.POLL_S)
         return routing_view(loop.window, placement_view(loop.state).placement, time.monotonic())
 
     async def workers(self) -> list[WorkerView]:

@@ -212,9 +212,13 @@ class Poller:
             with contextlib.suppress(*CALL_ERRORS):
                 self._seen(await within(ask(engine, Engine.status), liveness.POLL_S))
 
-    async def refresh_counts(self, facts: Facts) -> None:
-        """Have every node's counts in the window now; those that do not come within POLL_S are left out."""
-        reports = (self._fetch_report(node, actors, 0.0) for node, actors in self._nodes(facts).items())
+    async def refresh_counts(self, facts: Facts, older_s: float = 0.0) -> None:
+        """Have every node's counts in the window now, if the last ones are `older_s` old; those that do not come within
+        POLL_S are left out."""
+        nodes, now = self._nodes(facts), time.monotonic()
+        due = [node for node in nodes if now - self._reported_at.get(node, 0.0) >= older_s]
+        self._reported_at |= dict.fromkeys(due, now)
+        reports = [self._fetch_report(node, nodes[node], 0.0) for node in due]
         with contextlib.suppress(TimeoutError):
             await within(asyncio.gather(*reports), liveness.POLL_S)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import meant
 from elastic_moe.deploy.bodies.bounds import MAX_STOPS
 from elastic_moe.deploy.bodies.json_text import type_name
 
@@ -31,7 +32,7 @@ EXPECTED: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "string_too_short": lambda c: f"at least {c['min_length']} characters",
     "string_too_long": lambda c: f"at most {c['max_length']} characters",
     "string_pattern_mismatch": lambda c: f"characters as in {c['pattern']}",
-    "too_short": lambda c: f"at least {c['min_length']} elements",
+    "too_short": lambda c: f"at least {c['min_length']} element{'s' * (c['min_length'] != 1)}",
     "too_long": lambda c: f"at most {c['max_length']} elements",
 }
 """What was expected, by pydantic's type of the error; c is the context of the error."""
@@ -46,9 +47,9 @@ FORMS = {
 FORM_FAULTS = ("string_type", "list_type", "int_type")
 
 
-def request_error(error: ValidationError) -> RequestError:
+def request_error(error: ValidationError, known: Iterable[str] = ()) -> RequestError:
     """The error for the first field that has a fault. Where a field has several forms, the form that fits best
-    counts."""
+    counts. `known`: the body's fields."""
     faults = error.errors(include_url=False, include_context=True, include_input=True)
     field = _path(faults[0])[0] if faults[0]["loc"] else ""
     faults = [fault for fault in faults if not fault["loc"] or fault["loc"][0] == field]
@@ -58,7 +59,8 @@ def request_error(error: ValidationError) -> RequestError:
     if fault["type"] == "missing":
         return RequestError(f"{path}: this field is required", param=path, code="missing_required_parameter")
     if fault["type"] == "extra_forbidden":
-        return RequestError(f"{path}: this call has no such field", param=path, code="unknown_parameter")
+        text = f"{path}: this call has no such field{meant(path, sorted(known))}"
+        return RequestError(text, param=path, code="unknown_parameter")
     if fault["type"] == "value_error":
         return RequestError(f"{path}: {fault['ctx']['error']}", param=path, code="invalid_value")
     form = FORMS.get(str(where[-1])) if fault["type"] in FORM_FAULTS else None
@@ -79,4 +81,6 @@ def _is_form(name: str) -> bool:
 
 def _shown(value: object) -> str:
     short = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 40)
+    if isinstance(value, list) and not value:
+        return "an empty list"
     return repr(value)[:80] if short else type_name(value)

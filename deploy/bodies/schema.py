@@ -354,7 +354,7 @@ def parse(kind: type[BodyT], data: object) -> BodyT:
     try:
         body = kind.model_validate(data)
     except ValidationError as error:
-        raise request_error(error) from None
+        raise request_error(error, kind.known()) from None
     for name, harmless in getattr(kind, "UNSUPPORTED", {}).items():
         value = data.get(name)
         if name in SWITCHES and data.get(SWITCHES[name]) == "none":

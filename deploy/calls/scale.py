@@ -88,6 +88,8 @@ def _call(url: str, api_key: str | None, body: Mapping[str, Any] | None = None) 
             return json.load(response)
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: {message_of(error)}") from None
+    except urllib.error.URLError as error:
+        raise UserError(f"{url}: no server answers ({error.reason}); --url names another") from None
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url}: {error or type(error).__name__}") from None
     except ValueError as error:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.lines import meant
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.deploy.cli.plan_input import (
     choose_workers,
@@ -110,7 +111,10 @@ def _planner_names(given: str) -> list[str]:
     names = list(PLANNERS) if given == "all" else [name.strip() for name in given.split(",") if name.strip()]
     unknown = [name for name in names if name not in PLANNERS]
     if unknown or not names:
-        raise ConfigError(f"--planners: expected all, or some of {', '.join(PLANNERS)}, got {given!r}")
+        first = unknown[0] if unknown else given
+        raise ConfigError(
+            f"--planners: expected all, or some of {', '.join(PLANNERS)}, got {first!r}{meant(first, PLANNERS)}"
+        )
     return names
 
 
@@ -198,6 +202,10 @@ def _replay_caches(args: argparse.Namespace, trace: Trace, workers: tuple[Worker
         print(json.dumps(dataclasses.asdict(row)) if args.json else line_of(row), flush=True)
 
     rows = run_cache(args, trace, workers, progress)
+    if len({row.share for row in rows if row.share < 1}) <= 1:
+        # the default number of workers suits larger models than the built-in one
+        told = "a worker has so few experts of a layer that all policies are alike: take fewer --workers"
+        print(told, file=sys.stderr)
     if args.out is not None:
         drawn = save(args.out, rows, _drawn)
         print(f"caches.csv {'and figures are' if drawn else 'is'} in {args.out}", file=sys.stderr)

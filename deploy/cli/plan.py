@@ -168,9 +168,15 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _placement_file(text: str) -> Path:
+    if text.startswith("builtin:") or text.endswith(".npz"):
+        raise argparse.ArgumentTypeError(f"expected a placement, got the trace {text}, which comes first")
+    return path_flag(text)
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", type=trace_path, metavar="TRACE.npz", help="trace to measure on")
-    parser.add_argument("placement", type=path_flag, metavar="PLACEMENT.json", help="file with the placement")
+    parser.add_argument("placement", type=_placement_file, metavar="PLACEMENT.json", help="file with the placement")
     _cluster_arguments(parser)
     parser.add_argument(
         "--from", dest="old", type=path_flag, metavar="OLD.json", help="count moves and bytes from this placement"

@@ -130,7 +130,7 @@ def ask(url: str, api_key: str | None) -> bytes | None:
     except urllib.error.HTTPError as error:
         return _refused(url, error)
     except urllib.error.URLError as error:
-        raise NoAnswer(f"{url}: {error.reason}") from None
+        raise NoAnswer(f"{url}: no server answers ({error.reason}); --url names another") from None
     except (OSError, http.client.HTTPException) as error:
         raise NoAnswer(f"{url}: {error or type(error).__name__}") from None
     except ValueError as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cluster.errors import ConfigError, why
 from elastic_moe.cluster.setting import MILLION, check_file, number_flag, path_flag
 from elastic_moe.deploy.launch.builtin import MODEL_DIR, trace_names, trace_path
+from elastic_moe.model.checkpoints.raw import read_configuration
 
 if TYPE_CHECKING:
     from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -69,6 +70,7 @@ def run_record(args: argparse.Namespace) -> int:
     # before the imports, which take ten seconds
     check_file(args.out)
     texts = [(path, _text(path)) for path in args.text]
+    read_configuration(args.model)
     from tqdm import tqdm
 
     from elastic_moe.deploy.text.tokenizer import Tokenizer
@@ -121,7 +123,7 @@ def _prompt(where: str, line: str) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f'{where}: expected JSON, an object with a text "prompt": {error}') from None
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ConfigError(f'{where}: expected an object with a text "prompt"')

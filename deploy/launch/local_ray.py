@@ -238,6 +238,8 @@ def check_port(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+    except socket.gaierror:
+        raise UserError(f"host: expected an address or a name of this machine, got {host!r}") from None
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {why(error)} (--port takes another)") from None
 

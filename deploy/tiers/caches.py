@@ -72,7 +72,7 @@ def line_of(row: CacheRow) -> str:
     """The row for people."""
     return (
         f"{row.placement:16} {row.policy:8} {row.share:6.1%} resident  miss rate {row.miss_rate:.3f} "
-        f"(worst layer {row.worst_miss_rate:.3f})  {row.step_s * 1e3:9.2f} ms a step"
+        f"(worst layer {row.worst_miss_rate:.3f})  {row.step_s * 1e3:9.3f} ms a step"
     )
 
 

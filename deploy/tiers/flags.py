@@ -70,6 +70,8 @@ def memories(args: argparse.Namespace, workers: int, layers: int) -> tuple[Worke
     if args.device_experts is None:
         if args.host_experts is not None:
             raise ConfigError("--host-experts: it adds to --device-experts, which is not given")
+        if args.dealt:
+            raise ConfigError("--dealt: it is about the misses of --device-experts, which is not given")
         return ()
     device = _experts("device-experts", args.device_experts, layers, args.expert_bytes)
     host = 0 if args.host_experts is None else _experts("host-experts", args.host_experts, layers, args.expert_bytes)

@@ -42,6 +42,7 @@ JSON = st.recursive(
         ("step_timeout: 1" + "0" * 400, "step_timeout: expected a finite number, got inf"),
         ("step_timeout: .inf", "step_timeout: expected a finite number, got inf"),
         ("step_timeout: .nan", "step_timeout: expected a finite number, got nan"),
+        ("workers: 2\nworkers: 3", "key 'workers' is there 2 times"),
         ("? [1]\n: 2", "while constructing a mapping"),
     ],
 )

@@ -133,7 +133,7 @@ def test_one_fault_of_many_is_named() -> None:
         (CompletionRequest, {"prompt": "a", "stop": 5}, "stop", "a string or a list"),
         (CompletionRequest, {"prompt": "a", "stop": ["a", 5]}, "stop.1", "a string, got a number"),
         (CompletionRequest, {}, "prompt", "required"),
-        (ScaleRequest, {"workerz": 2}, "workerz", "no such field"),
+        (ScaleRequest, {"workerz": 2}, "workerz", "no such field (did you mean workers?)"),
     ],
 )
 def test_faults_name_the_clients_fields(kind: type[Body], data: object, path: str, words: object) -> None:
