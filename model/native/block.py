@@ -166,10 +166,10 @@ class AttentionBlock:
             key_heads=key_heads,
             key_size=head_size,
             value_size=value_size,
-            before=_norm(before),
-            query_norm=_norm(query_norm),
-            key_norm=_norm(key_norm),
-            after=_norm(after),
+            before=norm_struct(before),
+            query_norm=norm_struct(query_norm),
+            key_norm=norm_struct(key_norm),
+            after=norm_struct(after),
             query=matrix_struct(query),
             key=matrix_struct(key),
             value=matrix_struct(value),
@@ -263,10 +263,10 @@ class LatentBlock:
             rotated=self.rotated,
             latent=latent,
             value_size=value_up.columns,
-            before=_norm(before),
-            query_norm=_norm(query_norm),
-            latent_norm=_norm(latent_norm),
-            after=_norm(after),
+            before=norm_struct(before),
+            query_norm=norm_struct(query_norm),
+            latent_norm=norm_struct(latent_norm),
+            after=norm_struct(after),
             query_down=structs.Matrix() if query_down is None else matrix_struct(query_down),
             query=matrix_struct(query),
             latents=matrix_struct(latents),
@@ -298,7 +298,8 @@ class LatentBlock:
         return sum_TH, normed_TH
 
 
-def _norm(norm: Norm | None) -> structs.Norm:
+def norm_struct(norm: Norm | None) -> structs.Norm:
+    """The structure of a norm, whose tensors the caller keeps alive. None: of no norm."""
     if norm is None:
         return structs.Norm(size=1)
     formula = norm.formula
