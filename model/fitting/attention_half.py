@@ -130,6 +130,7 @@ def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | str:
             query_norm=norm_of(getattr(attention, "q_norm", None)),
             key_norm=norm_of(getattr(attention, "k_norm", None)),
             sinks=getattr(attention, "sinks", None),
+            gated=matrices["query"].packed.columns == 2 * matrices["out"].packed.depth,  # type: ignore[union-attr]
             **matrices,  # type: ignore[arg-type]
             **norms,  # type: ignore[arg-type]
         )

@@ -32,6 +32,7 @@ from elastic_moe.model.states.block import Convolution, Rule, StateBlock, StateP
 from elastic_moe.model.states.finding import StateLayer, find_state_layers
 from elastic_moe.model.states.packed import PackedStates, Trial, slots_of
 from elastic_moe.model.transformers_private import LinearAttentionCacheLayerMixin
+from elastic_moe.model.trunk.step_batch import ShapeProbe, step_context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +303,7 @@ def _same(original: Callable[..., Any], fitted: Callable[..., Any], layer: State
         trial = Trial.of(layer, number)
         tokens = trial.hidden.shape[1]
         embeddings = torch.ones(1, tokens, 16).bfloat16()
-        with states_of(trial.batch):
+        with step_context(ShapeProbe()), states_of(trial.batch):
             out = forward(
                 trial.hidden.clone(),
                 attention_mask=None,

@@ -136,16 +136,19 @@ class AttentionBlock:
         query_norm: Norm | None,
         key_norm: Norm | None,
         sinks: Tensor | None = None,
+        gated: bool = False,
     ) -> None:
         """`sinks` [heads] as in Rules. Norms of queries and keys normalise one head, or all heads of a token, as the
-        length of their weights says.
+        length of their weights says. `gated`: whether `query` also makes a gate of each head's output, behind the
+        head's query.
 
         Raises ValueError if sizes do not fit together.
         """
-        heads, key_heads = query.packed.columns // head_size, key.packed.columns // head_size
+        made = 2 * head_size if gated else head_size
+        heads, key_heads = query.packed.columns // made, key.packed.columns // head_size
         hidden = query.packed.depth
         value_size = value.packed.columns // max(1, key_heads)
-        whole = [query.packed.columns == heads * head_size, key.packed.columns == key_heads * head_size]
+        whole = [query.packed.columns == heads * made, key.packed.columns == key_heads * head_size]
         fits = [
             heads % max(1, key_heads) == 0,
             value.packed.columns == key_heads * value_size,
@@ -154,6 +157,7 @@ class AttentionBlock:
             query_norm is None or query.packed.columns % query_norm.size == 0,
             key_norm is None or key.packed.columns % key_norm.size == 0,
             sinks is None or sinks.shape == (heads,),
+            not gated or (value_size == head_size and (query_norm is None or query_norm.size == head_size)),
         ]
         if not all(whole + fits):
             raise ValueError("matrices and norms of other sizes")
@@ -176,6 +180,7 @@ class AttentionBlock:
             out=matrix_struct(out),
             sinks=None if logits is None else logits.data_ptr(),
             scale=scale,
+            gated=gated,
         )
         self.address = ctypes.addressof(self._block)
         """The address of the block's structure, an argument of native functions."""

@@ -33,6 +33,7 @@ class Block(ctypes.Structure):
         *((name, Matrix) for name in ("query", "key", "value", "out")),
         ("sinks", ctypes.c_void_p),
         ("scale", ctypes.c_float),
+        ("gated", ctypes.c_int32),
     )
 
 
