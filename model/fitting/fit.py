@@ -118,13 +118,13 @@ def fit(
             raise UserError(f"layer {layer} attends to chosen keys, which needs latents in the cache: {why}")
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
     _note_attention(shapes, latents, attention, apart, notes)
-    lib = library() if refusal is None else None
+    lib, joined_states = library() if refusal is None else None, 0
     packed_bytes = 0 if lib is None else pack_tied(trunk, notes, trunk_form)
     packed_bytes += pack_linears(trunk, notes, plain=states.plain, form=trunk_form)
     if lib is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
         join_states(lib, states.layers)
-        join_state_halves(trunk, states.layers, experts, notes)
+        joined_states = len(join_state_halves(trunk, states.layers, experts, notes))
     kernels = gpu_refusal(like.dtype, like.device) is None
     if kernels:
         fit_gpu_trunk(trunk, notes)
@@ -137,7 +137,7 @@ def fit(
     else:
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), None if kernels else refusal, apart, notes)
-    if not notes.count(Part.ATTENTION_HALF):
+    if notes.count(Part.ATTENTION_HALF) == joined_states:
         why = refusal or "no layer has a part named self_attn"
         notes.add(Part.ATTENTION_HALF, "attention layers", CodePath.TRANSFORMERS, why, count=len(shapes.kv))
     for stateful in states.layers:
