@@ -26,6 +26,7 @@ from elastic_moe.model.fitting.halves import (
     same_in_trial,
 )
 from elastic_moe.model.fitting.latent_half import LatentLayer, find_latent_half
+from elastic_moe.model.fitting.state_layers import FittedStateLayer
 from elastic_moe.model.native.attention import TILE, refusal
 from elastic_moe.model.native.block import AttentionBlock
 from elastic_moe.model.operators.trials import OTHERWISE
@@ -81,6 +82,8 @@ def fit_layers(lib: ctypes.CDLL, trunk: nn.Module, experts: Sequence[nn.Module],
     found = []
     with torch.inference_mode():
         for layer in decoder_layers(trunk):
+            if isinstance(layer.forward, FittedStateLayer):
+                continue
             fitted = _found(lib, layer)
             if not isinstance(fitted, str):
                 layer.forward = fitted
@@ -127,6 +130,7 @@ def _fitted(lib: ctypes.CDLL, layer: nn.Module) -> FittedLayer | str:
             query_norm=norm_of(getattr(attention, "q_norm", None)),
             key_norm=norm_of(getattr(attention, "k_norm", None)),
             sinks=getattr(attention, "sinks", None),
+            gated=matrices["query"].packed.columns == 2 * matrices["out"].packed.depth,  # type: ignore[union-attr]
             **matrices,  # type: ignore[arg-type]
             **norms,  # type: ignore[arg-type]
         )

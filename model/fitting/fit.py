@@ -2,13 +2,14 @@
 
     part             the paths, fastest first
     layers           all in one native call (whole_stack.py); one after another
-    attention half   a layer's half in one native call (attention_half.py, latent_half.py); module by module
+    attention half   a layer's half in one native call (attention_half.py, latent_half.py, state_layers.py); module by
+                     module
     attention        native (native/attention.py); FlashAttention (trunk/flash.py), with a kernel for single tokens
                      (gpu/decode.py); matrix products (trunk/attention.py)
     router, norms,   native (small_ops.py, model/operators/), or kernels on GPUs (gpu_ops.py), if a module is recognised
     rotary           by what it computes; transformers' own code
-    states           native for single tokens (states/rules.py), of some kinds by native calls alone (state_layers.py);
-                     transformers' own code
+    states           all tokens of a layer in one native call (state_layers.py); native for single tokens and scans
+                     (states/rules.py); transformers' own code
     feed-forward     router, experts and shared expert in one native call (feed_forward.py); module by module
     linears          native panels; oneDNN's layout; plain matrices (trunk/linear.py)
     experts          on CPU native or PyTorch, expert by expert (experts/cpu.py); on GPUs stacked (experts/stacked.py)
@@ -39,7 +40,7 @@ from elastic_moe.model.fitting.gpu_ops import fit_gpu_trunk
 from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
-from elastic_moe.model.fitting.state_layers import fit_states, join_states
+from elastic_moe.model.fitting.state_layers import fit_states, join_state_halves, join_states
 from elastic_moe.model.fitting.whole_stack import join_layers
 from elastic_moe.model.gpu.refusals import gpu_refusal
 from elastic_moe.model.native import attention as native_attention
@@ -117,12 +118,13 @@ def fit(
             raise UserError(f"layer {layer} attends to chosen keys, which needs latents in the cache: {why}")
     attention, apart = attention_path(shapes.kv, dtype=like.dtype, device=like.device, block_size=block_size)
     _note_attention(shapes, latents, attention, apart, notes)
-    lib = library() if refusal is None else None
+    lib, joined_states = library() if refusal is None else None, 0
     packed_bytes = 0 if lib is None else pack_tied(trunk, notes, trunk_form)
     packed_bytes += pack_linears(trunk, notes, plain=states.plain, form=trunk_form)
     if lib is not None:
         packed_bytes += fit_trunk(lib, trunk, notes)
         join_states(lib, states.layers)
+        joined_states = len(join_state_halves(trunk, states.layers, experts, notes))
     kernels = gpu_refusal(like.dtype, like.device) is None
     if kernels:
         fit_gpu_trunk(trunk, notes)
@@ -135,7 +137,7 @@ def fit(
     else:
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), None if kernels else refusal, apart, notes)
-    if not notes.count(Part.ATTENTION_HALF):
+    if notes.count(Part.ATTENTION_HALF) == joined_states:
         why = refusal or "no layer has a part named self_attn"
         notes.add(Part.ATTENTION_HALF, "attention layers", CodePath.TRANSFORMERS, why, count=len(shapes.kv))
     for stateful in states.layers:

@@ -136,16 +136,19 @@ class AttentionBlock:
         query_norm: Norm | None,
         key_norm: Norm | None,
         sinks: Tensor | None = None,
+        gated: bool = False,
     ) -> None:
         """`sinks` [heads] as in Rules. Norms of queries and keys normalise one head, or all heads of a token, as the
-        length of their weights says.
+        length of their weights says. `gated`: whether `query` also makes a gate of each head's output, behind the
+        head's query.
 
         Raises ValueError if sizes do not fit together.
         """
-        heads, key_heads = query.packed.columns // head_size, key.packed.columns // head_size
+        made = 2 * head_size if gated else head_size
+        heads, key_heads = query.packed.columns // made, key.packed.columns // head_size
         hidden = query.packed.depth
         value_size = value.packed.columns // max(1, key_heads)
-        whole = [query.packed.columns == heads * head_size, key.packed.columns == key_heads * head_size]
+        whole = [query.packed.columns == heads * made, key.packed.columns == key_heads * head_size]
         fits = [
             heads % max(1, key_heads) == 0,
             value.packed.columns == key_heads * value_size,
@@ -154,6 +157,7 @@ class AttentionBlock:
             query_norm is None or query.packed.columns % query_norm.size == 0,
             key_norm is None or key.packed.columns % key_norm.size == 0,
             sinks is None or sinks.shape == (heads,),
+            not gated or (value_size == head_size and (query_norm is None or query_norm.size == head_size)),
         ]
         if not all(whole + fits):
             raise ValueError("matrices and norms of other sizes")
@@ -166,16 +170,17 @@ class AttentionBlock:
             key_heads=key_heads,
             key_size=head_size,
             value_size=value_size,
-            before=_norm(before),
-            query_norm=_norm(query_norm),
-            key_norm=_norm(key_norm),
-            after=_norm(after),
+            before=norm_struct(before),
+            query_norm=norm_struct(query_norm),
+            key_norm=norm_struct(key_norm),
+            after=norm_struct(after),
             query=matrix_struct(query),
             key=matrix_struct(key),
             value=matrix_struct(value),
             out=matrix_struct(out),
             sinks=None if logits is None else logits.data_ptr(),
             scale=scale,
+            gated=gated,
         )
         self.address = ctypes.addressof(self._block)
         """The address of the block's structure, an argument of native functions."""
@@ -263,10 +268,10 @@ class LatentBlock:
             rotated=self.rotated,
             latent=latent,
             value_size=value_up.columns,
-            before=_norm(before),
-            query_norm=_norm(query_norm),
-            latent_norm=_norm(latent_norm),
-            after=_norm(after),
+            before=norm_struct(before),
+            query_norm=norm_struct(query_norm),
+            latent_norm=norm_struct(latent_norm),
+            after=norm_struct(after),
             query_down=structs.Matrix() if query_down is None else matrix_struct(query_down),
             query=matrix_struct(query),
             latents=matrix_struct(latents),
@@ -298,7 +303,8 @@ class LatentBlock:
         return sum_TH, normed_TH
 
 
-def _norm(norm: Norm | None) -> structs.Norm:
+def norm_struct(norm: Norm | None) -> structs.Norm:
+    """The structure of a norm, whose tensors the caller keeps alive. None: of no norm."""
     if norm is None:
         return structs.Norm(size=1)
     formula = norm.formula

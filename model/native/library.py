@@ -69,6 +69,7 @@ _SIGNATURES = {
     "emoe_channel_scan": "pppppiiipppt",
     "emoe_convolve_tokens": "piiipptpt",
     "emoe_convolve": "piiipptppppt",
+    "emoe_state_block": "ppitipppppppt",
     "emoe_exchange_bytes": "iiii>i",
     "emoe_exchange_new": "iiiiipi>p",
     "emoe_exchange_free": "p",
@@ -87,6 +88,7 @@ _SIGNATURES = {
     "emoe_block_sizes": "p",
     "emoe_latent_block_sizes": "p",
     "emoe_layers_sizes": "p",
+    "emoe_state_block_sizes": "p",
     "emoe_experts_sizes": "p",
 }
 """The arguments of each function: p pointer, i int64, f float, t int. A type after `>` is that of the result."""

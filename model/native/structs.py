@@ -33,6 +33,7 @@ class Block(ctypes.Structure):
         *((name, Matrix) for name in ("query", "key", "value", "out")),
         ("sinks", ctypes.c_void_p),
         ("scale", ctypes.c_float),
+        ("gated", ctypes.c_int32),
     )
 
 
@@ -95,6 +96,39 @@ class FeedForward(ctypes.Structure):
     )
 
 
+class StateProduct(ctypes.Structure):
+    """See state_block.cpp."""
+
+    _fields_ = (("matrix", Matrix), *((name, ctypes.c_int64) for name in ("columns", "depth", "source")))
+
+
+class StateColumns(ctypes.Structure):
+    """See state_block.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("product", "first", "count", "at"))
+
+
+class StateBlock(ctypes.Structure):
+    """See state_block.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden", "kind", "num_products", "num_columns")),
+        *((name, ctypes.c_void_p) for name in ("products", "columns")),
+        *((name, Norm) for name in ("before", "after")),
+        *((name, ctypes.c_int64) for name in ("channels", "taps_width")),
+        *((name, ctypes.c_void_p) for name in ("taps", "taps_bias")),
+        *((name, ctypes.c_int64) for name in ("key_heads", "value_heads", "key_size", "value_size")),
+        *((name, ctypes.c_int64) for name in ("by_channel", "decays")),
+        *((name, ctypes.c_void_p) for name in ("rates", "shift", "skip")),
+        *((name, ctypes.c_float) for name in ("least", "most")),
+        *((name, ctypes.c_int64) for name in ("norm_size", "norm_group")),
+        ("norm_weight", ctypes.c_void_p),
+        ("norm_epsilon", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("silu", "norm_rounds", "gate_first", "gate_silu")),
+        ("out", Matrix),
+    )
+
+
 SUPPLY_NEXT = ctypes.CFUNCTYPE(
     ctypes.c_int64,
     ctypes.c_int64,
@@ -126,6 +160,7 @@ MIRRORED: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "emoe_block_sizes": (Norm, Matrix, Block, Head),
     "emoe_latent_block_sizes": (LatentBlock,),
     "emoe_layers_sizes": (Layer, Experts, FeedForward),
+    "emoe_state_block_sizes": (StateProduct, StateColumns, StateBlock),
     "emoe_experts_sizes": (Supply,),
 }
 """Function of the library that writes the bytes of its structures -> the same structures here."""

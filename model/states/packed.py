@@ -1,7 +1,8 @@
 """Runs a layer that keeps states over the packed tokens of a step.
 
-transformers' code would hand the state of one packed sequence on to the next one. So it gets the sequences apart:
-those with one token each as one batch, and the others one by one.
+A layer that is recognised runs all of them in one native call (model/states/block.py). transformers' code would hand
+the state of one packed sequence on to the next one. So it gets the sequences apart: those with one token each as one
+batch, and the others one by one.
 
 Legend: T tokens of the step, R sequences with one token, H hidden.
 """
@@ -10,90 +11,22 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elastic_moe.model.states.batch import Decodes, Piece, StateBatch, current_states, states_of
+from elastic_moe.model.states.block import StateBlock
 from elastic_moe.model.states.finding import Kept, StateKind, StateLayer, with_left_context
 from elastic_moe.model.states.recurrent import Slots
 from elastic_moe.model.states.rules import replace_functions, scans_begin_with, slots_in_use
-from elastic_moe.model.states.store import StateMove, States, StateStore
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
-    """A sequence that has several tokens in this step, or its first one."""
-
-    begin: int
-    end: int
-    move: StateMove
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Decodes:
-    """The sequences that go on with one token each."""
-
-    rows: Tensor
-    """[R] index of each token in the step."""
-    sources: Tensor
-    """[R] slots."""
-    targets: Tensor
-    """[R] slots."""
-    snapshots: tuple[tuple[int, int], ...]
-    """(number of the sequence in this batch, slot)"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateBatch:
-    """What the layers that keep states need to know of a step."""
-
-    store: StateStore
-    decodes: _Decodes | None
-    pieces: tuple[_Piece, ...]
-
-    @classmethod
-    def build(cls, chunks: Sequence[tuple[int, StateMove]], store: StateStore, device: torch.device) -> StateBatch:
-        """`chunks`: the length of each packed chunk, and the move of its states."""
-        decodes: list[tuple[int, StateMove]] = []
-        pieces: list[_Piece] = []
-        row = 0
-        for length, move in chunks:
-            if length == 1 and move.source is not None:
-                decodes.append((row, move))
-            else:
-                pieces.append(_Piece(begin=row, end=row + length, move=move))
-            row += length
-        return cls(store=store, decodes=_decodes(decodes, device) if decodes else None, pieces=tuple(pieces))
-
-
-def _decodes(items: Sequence[tuple[int, StateMove]], device: torch.device) -> _Decodes:
-    rows, sources, targets = torch.tensor([(row, move.source, move.target) for row, move in items], device=device).T
-    snapshots = tuple((number, slot) for number, (_, move) in enumerate(items) for _, slot in move.snapshots)
-    return _Decodes(rows=rows, sources=sources.contiguous(), targets=targets.contiguous(), snapshots=snapshots)
-
+from elastic_moe.model.states.store import StateMove, States
 
 _OTHERWISE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """Errors that a trial raises if a layer's code expects something else."""
-
-Joined = Callable[[Tensor, Slots, Slots], Tensor]
-"""Runs one token of R sequences [R, H] with their states, of a convolution and recurrent ones: [R, H]."""
-
-_current: ContextVar[StateBatch | None] = ContextVar("state_batch", default=None)
-
-
-@contextmanager
-def states_of(batch: StateBatch | None) -> Iterator[None]:
-    """While the block runs, layers that keep states belong to `batch`."""
-    token = _current.set(batch)
-    try:
-        yield
-    finally:
-        _current.reset(token)
 
 
 class SequenceCache:
@@ -143,7 +76,6 @@ class PackedStates:
         """`number`: the layer's place in the store. `lib` is used if it computes single tokens as the layer does."""
         self._original: Callable[..., Any] = layer.module.forward
         self._cache_argument = layer.cache_argument
-        self._number = number
         self._required = _without_default(layer)
         """Arguments that the original wants to have, and does not use."""
         self._makes_pair = False
@@ -154,81 +86,75 @@ class PackedStates:
         self.scans: set[str] | None = None
         """Scans that native code computes over the tokens of a prompt; None if it computes none."""
         self.scans = None if lib is None else self._find_scans(layer)
-        self._joined: Joined | None = None
+        self.block: StateBlock | None = None
+        """Runs all tokens in one native call. It is None if the layer's own code runs them."""
+        self.number = number
         self._layer = layer
         self.goes_on = self._goes_on(layer)
         """Whether several tokens can go on from a state at once."""
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        batch = _current.get()
+        batch = current_states()
         if batch is None:
             return self._original(hidden_states, *args, **kwargs)
-        # no token is padding, so the mask says nothing; what has a row for each token would not fit the parts
-        settings = {
-            name: value
-            for name, value in kwargs.items()
-            if name != self._cache_argument and not isinstance(value, Tensor | tuple)
-        }
-        slots = batch.store.layers[self._number]
-        parts: list[tuple[Any, Tensor]] = []
-        if batch.decodes is not None and not batch.pieces:
-            out = self._decode(batch.decodes, slots, hidden_states, settings)[None]
-            return (out, None) if self._makes_pair else out
-        if batch.decodes is not None:
-            parts.append((batch.decodes.rows, self._decode(batch.decodes, slots, hidden_states, settings)))
-        parts += [
-            (slice(piece.begin, piece.end), self._piece(piece, slots, hidden_states, settings))
-            for piece in batch.pieces
-        ]
-        out = parts[0][1].new_empty(1, hidden_states.shape[1], parts[0][1].shape[-1])
-        for rows, values in parts:
-            out[0, rows] = values
+        slots = batch.store.layers[self.number]
+        if self.block is not None:
+            out = self.block(hidden_states[0].contiguous(), batch.segments, *slots_of(slots))[None]
+        else:
+            # no token is padding, so the mask says nothing; what has a row for each token would not fit the parts
+            settings = {
+                name: value
+                for name, value in kwargs.items()
+                if name != self._cache_argument and not isinstance(value, Tensor | tuple)
+            }
+            out = self._run_parts(batch, slots, hidden_states, settings)
         return (out, None) if self._makes_pair else out
 
+    def _run_parts(self, batch: StateBatch, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
+        """Run the layer's own code on the sequences apart: [1, T, H]."""
+        parts: list[tuple[Any, Tensor]] = []
+        if batch.decodes is not None:
+            rows = batch.decodes.rows
+            made = self._step(hidden[0, rows][:, None], batch.decodes, slots, settings, self.native)[:, 0]
+            if not batch.pieces:
+                return made[None]
+            parts.append((rows, made))
+        parts += [
+            (slice(piece.begin, piece.end), self._piece(piece, slots, hidden, settings)) for piece in batch.pieces
+        ]
+        out = parts[0][1].new_empty(1, hidden.shape[1], parts[0][1].shape[-1])
+        for rows, values in parts:
+            out[0, rows] = values
+        return out
+
     @torch.inference_mode()
-    def join(self, joined: Joined) -> bool:
-        """Run single tokens by `joined` from now on, if it makes the bits of the layer's own code with native
-        functions. Returns whether it does.
+    def join(self, block: StateBlock) -> bool:
+        """Run all tokens by `block` from now on, if it gives the values of the layer's own code. Returns if it does.
+
+        The same step is run by the layer's own code, with its native functions, and by `block`.
         """
         if set(self.native) != set(StateKind):
             return False
-        rows = torch.arange(2)
-        decodes = _Decodes(rows=rows, sources=rows, targets=rows + 2, snapshots=())
-        states, hidden = _random_states(self._layer, 4), _random_hidden(self._layer, 1, 2)
         results = []
-        for candidate in (None, joined):
-            self._joined = candidate
-            after = {key: tensor.clone() for key, tensor in states.items()}
+        for candidate in (None, block):
+            trial = Trial.of(self._layer, self.number)
             try:
-                results.append([self._decode(decodes, after, hidden, {}), *after.values()])
+                with states_of(trial.batch):
+                    self.block = candidate
+                    out = self(trial.hidden)
             except _OTHERWISE:
                 break
-        same = len(results) == 2 and all(map(torch.equal, *results))
-        self._joined = joined if same else None
-        return same
-
-    def _decode(self, decodes: _Decodes, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
-        """[R, H] of the sequences with one token."""
-        if self._joined is not None:
-            return self._run_joined(self._joined, decodes, slots, hidden)
-        return self._step(hidden[0, decodes.rows][:, None], decodes, slots, settings, self.native)[:, 0]
-
-    def _run_joined(self, joined: Joined, decodes: _Decodes, slots: States, hidden: Tensor) -> Tensor:
-        """[R, H] of the sequences with one token."""
-        whole = len(decodes.rows) == hidden.shape[1]
-        x_RH = hidden[0] if whole else hidden[0, decodes.rows]
-        convolution, recurrent = (
-            Slots(states=slots[kind, 0], sources=decodes.sources, targets=decodes.targets)
-            for kind in (StateKind.CONVOLUTION, StateKind.RECURRENT)
-        )
-        out = joined(x_RH, convolution, recurrent)
-        _keep_snapshots(decodes, slots)
-        return out
+            finally:
+                self.block = None
+            results.append([out[0] if isinstance(out, tuple) else out, *trial.states.values()])
+        if len(results) == 2 and all(map(_close, *results)):
+            self.block = block
+        return self.block is not None
 
     def _step(
         self,
         hidden_R1H: Tensor,
-        decodes: _Decodes,
+        decodes: Decodes,
         slots: States,
         settings: dict[str, Any],
         native: Sequence[StateKind],
@@ -252,7 +178,7 @@ class PackedStates:
         _keep_snapshots(decodes, slots)
         return out
 
-    def _piece(self, piece: _Piece, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
+    def _piece(self, piece: Piece, slots: States, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
         """[tokens of the piece, H]"""
         source = piece.move.source
         begin = {} if source is None else {key: tensor[source : source + 1].clone() for key, tensor in slots.items()}
@@ -287,7 +213,7 @@ class PackedStates:
         """Whether native code for states of one kind gives the layer's own values, for single tokens."""
         slots = _random_states(layer, 4)
         rows = torch.arange(2)
-        decodes = _Decodes(rows=rows, sources=rows, targets=rows + 2, snapshots=())
+        decodes = Decodes(rows=rows, sources=rows, targets=rows + 2, snapshots=())
         results = []
         for native in ((), (kind,)):
             after = {key: tensor.clone() for key, tensor in slots.items()}
@@ -339,7 +265,47 @@ class PackedStates:
         return made
 
 
-def _keep_snapshots(decodes: _Decodes, slots: States) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A step of random tokens and states: single tokens, prompts from their beginning and from a state, snapshots."""
+
+    batch: StateBatch
+    hidden: Tensor
+    """[1, T, H]"""
+    states: States
+
+    @classmethod
+    def of(cls, layer: StateLayer, number: int) -> Trial:
+        """`number`: the layer's place in the store. The same values each time."""
+        moves = [
+            (1, StateMove(source=0, target=3, snapshots=((1, 4),))),
+            (5, StateMove(source=None, target=5, snapshots=((2, 6), (5, 7)))),
+            (1, StateMove(source=1, target=8)),
+            (3, StateMove(source=2, target=9)),
+        ]
+        states = _random_states(layer, 10)
+        # a store has more than a batch needs
+        store: Any = _Store(layers={number: states})
+        return cls(
+            batch=StateBatch.build(moves, store, torch.device("cpu")),
+            hidden=_random_hidden(layer, 1, sum(length for length, _ in moves)),
+            states=states,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Store:
+    """Stands for a StateStore."""
+
+    layers: dict[int, States]
+
+
+def slots_of(states: States) -> tuple[Tensor, Tensor]:
+    """What a StateBlock takes: the states of the layer's convolution, and its recurrent ones."""
+    return states[StateKind.CONVOLUTION, 0], states[StateKind.RECURRENT, 0]
+
+
+def _keep_snapshots(decodes: Decodes, slots: States) -> None:
     for number, slot in decodes.snapshots:
         for tensor in slots.values():
             tensor[slot] = tensor[decodes.targets[number]]

@@ -26,7 +26,7 @@ from elastic_moe.model.graphs.decode_graphs import DecodeGraphs, GraphStep
 from elastic_moe.model.graphs.recordings import Launch, RecordingFailed
 from elastic_moe.model.graphs.token_graphs import Body, TokenGraphs, TokenStep
 from elastic_moe.model.staging import to_device
-from elastic_moe.model.states.packed import StateBatch, states_of
+from elastic_moe.model.states.batch import StateBatch, states_of
 from elastic_moe.model.transformers_private import is_indexer
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead, share_head

@@ -13,7 +13,7 @@ from elastic_moe.cluster.messages.steps import Chunk, NewSequence, StepPlan
 from elastic_moe.model.grammars.compiling import Compiler
 from elastic_moe.model.sampling.scoring import Scoring
 from elastic_moe.model.sampling.state import SamplingState
-from elastic_moe.model.states.packed import StateBatch
+from elastic_moe.model.states.batch import StateBatch
 from elastic_moe.model.states.store import StateStore
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.trunk.windows import WindowGroup

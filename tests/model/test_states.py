@@ -17,7 +17,7 @@ from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.sampling.next_tokens import NextTokens, choose
 from elastic_moe.model.sampling.sampling import NO_TOKEN
 from elastic_moe.model.sampling.state import SamplingState
-from elastic_moe.model.states.packed import StateBatch
+from elastic_moe.model.states.batch import StateBatch
 from elastic_moe.model.trunk.step_batch import SequenceSlice
 from elastic_moe.model.worker.data_plane import DataPlane
 from tests.model.disturbed import answers_disturbed

@@ -58,9 +58,24 @@ struct Products {
 Products products_of(const Block& b, int number) {
     if (number == kAfter) return {b.heads * b.value_size, 1, {&b.out}, {b.hidden}};
     return {b.hidden, 3, {&b.query, &b.key, &b.value},
-            {b.heads * b.key_size, b.key_heads * b.key_size, b.key_heads * b.value_size}};
+            {b.heads * b.query_step(), b.key_heads * b.key_size, b.key_heads * b.value_size}};
 }
 Products products_of(const Head& head) { return {head.depth, 1, {&head.matrix}, {head.columns}}; }
+
+// Scales each number of `attended` [tokens, heads, value_size] by the logistic function of its gate, with the roundings of
+// single operators.
+void scale_by_gates(const Block& b, const bf16* q, int64_t tokens, bf16* attended, bool shared, int threads) {
+#pragma omp parallel for num_threads(threads) if (shared)
+    for (int64_t i = 0; i < tokens * b.heads; ++i) {
+        const bf16* gate = q + i * b.query_step() + b.key_size;
+        bf16* out = attended + i * b.value_size;
+        for (int64_t c = 0; c < b.value_size; c += 16) {
+            const Lanes lanes = lanes_before(c, b.value_size);
+            const Floats share = rounded(over_logistic(all(1.f), load(gate + c, lanes)));
+            store(out + c, mul(load(out + c, lanes), share), lanes);
+        }
+    }
+}
 
 int bits_of(uint64_t mask) { return __builtin_popcountll(mask); }
 
@@ -117,7 +132,7 @@ int help_with_head(const Head& head, Exchange& exchange, int64_t asker, int thre
 
 int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int threads) {
     const int64_t tokens = step.tokens, rotated = step.rotated;
-    const int64_t wide = b.heads * b.key_size, narrow = b.key_heads * b.key_size, values_wide = b.key_heads * b.value_size;
+    const int64_t wide = b.heads * b.query_step(), narrow = b.key_heads * b.key_size, values_wide = b.key_heads * b.value_size;
     // this memory is kept from call to call, since fresh memory costs page faults
     thread_local std::vector<bf16> scratch, a_scratch;
     bf16* q = of_size(scratch, tokens * (wide + narrow + values_wide));
@@ -129,17 +144,21 @@ int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int thr
     if (const int status = multiply(products_of(b, kBefore), kBefore, step.normed, tokens, q, exchange, threads)) return status;
 #pragma omp parallel for num_threads(threads) if (shared)
     for (int64_t t = 0; t < tokens; ++t) {
-        b.query_norm(q + t * wide, wide, q + t * wide);
+        if (b.gated)
+            for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.query_step())
+                b.query_norm(head, b.key_size, head);
+        else b.query_norm(q + t * wide, wide, q + t * wide);
         b.key_norm(k + t * narrow, narrow, k + t * narrow);
         const bf16 *cosine = step.cosines + t * rotated, *sine = step.sines + t * rotated;
-        for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.key_size)
+        for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.query_step())
             rotate_row(head, cosine, sine, rotated, head);
         for (bf16* head = k + t * narrow; head < k + (t + 1) * narrow; head += b.key_size)
             rotate_row(head, cosine, sine, rotated, head);
     }
-    const int64_t strides[6] = {b.key_size, wide, b.key_size, narrow, b.value_size, values_wide};
+    const int64_t strides[6] = {b.query_step(), wide, b.key_size, narrow, b.value_size, values_wide};
     emoe_attention(q, k, v, strides, b.heads, b.key_heads, b.key_size, b.value_size, step.keys, step.values, step.block_size,
                    step.sequences, step.num_sequences, step.tables, b.scale, step.window, 0.f, b.sinks, attended, threads);
+    if (b.gated) scale_by_gates(b, q, tokens, attended, shared, threads);
     if (const int status = multiply(products_of(b, kAfter), kAfter, attended, tokens, step.sum, exchange, threads)) return status;
     add_and_normalise(step.x, tokens, b.hidden, b.after, step.sum, step.normed, threads);
     return kDone;

@@ -41,6 +41,12 @@ struct Block {
     Matrix query, key, value, out;
     const float* sinks; // null: there are none
     float scale;
+    // Whether `query` makes a gate behind each head's query, whose logistic function scales the head's output. Then a head's
+    // query and value have one size.
+    int32_t gated;
+
+    // Numbers that `query` makes for a head.
+    int64_t query_step() const { return gated ? 2 * key_size : key_size; }
 };
 
 // What a step gives to a block: see emoe_block.

@@ -39,4 +39,25 @@ int emoe_exchange_layer(emoe::Exchange* exchange, int64_t width, int64_t num_exp
                         int bits, int interleaved, int gate, float alpha, float limit, emoe::Supply* supply,
                         const int16_t* routes, const emoe::bf16* x, const int64_t* choices, const float* weights,
                         emoe::bf16* out, int threads);
+void emoe_gated_norm(const emoe::bf16* x, int64_t stride, const emoe::bf16* gate, int64_t gate_stride, int64_t rows,
+                     int64_t size, int64_t group, const float* weight, float epsilon, int rounds, int gate_first, int silu,
+                     emoe::bf16* out, int threads);
+void emoe_delta_rule(const void* query, int64_t query_stride, const void* key, int64_t key_stride, const void* value,
+                     int64_t value_stride, int wide, int unit, const float* gates, const float* beta, int64_t rows,
+                     int64_t key_heads, int64_t value_heads, int64_t key_size, int64_t value_size, int by_channel,
+                     float* states, const int64_t* sources, const int64_t* targets, void* out, int threads);
+void emoe_delta_scan(const void* query, int64_t query_stride, const void* key, int64_t key_stride, const void* value,
+                     int64_t value_stride, int wide, int unit, const float* gates, const float* beta, int64_t tokens,
+                     int64_t key_heads, int64_t value_heads, int64_t key_size, int64_t value_size, int by_channel,
+                     const float* begin, float* state, void* out, int threads);
+void emoe_selective_update(const void* x, int64_t x_stride, const void* steps, int64_t steps_stride, const void* read,
+                           int64_t read_stride, const void* written, int64_t written_stride, int wide, int softplus,
+                           const float* rates, const float* shift, const float* skip, float least, float most,
+                           int64_t rows, int64_t heads, int64_t groups, int64_t head_size, int64_t state_size,
+                           float* states, const int64_t* sources, const int64_t* targets, void* out, int threads);
+void emoe_selective_scan(const void* x, int64_t x_stride, const void* steps, int64_t steps_stride, const void* read,
+                         int64_t read_stride, const void* written, int64_t written_stride, int wide, int softplus,
+                         const float* rates, const float* shift, const float* skip, float least, float most,
+                         int64_t tokens, int64_t heads, int64_t groups, int64_t head_size, int64_t state_size,
+                         const float* begin, float* state, void* out, int threads);
 }

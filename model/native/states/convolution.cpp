@@ -56,6 +56,18 @@ void step_of_four(const bf16* x, const bf16* weight, const bf16* bias, int64_t f
     store(sums, total);
 }
 
+// One token of the 16 channels from `first` on, or of those before `channels`, in any width. `x` and `out` are of this token.
+void step_of_any(const bf16* x, int64_t channels, int64_t width, const bf16* weight, const bf16* bias, bool silu,
+                 int64_t first, const bf16* from, bf16* to, bf16* out) {
+    const int64_t end = std::min(first + LANES, channels);
+    const Lanes lanes = lanes_before(first, channels);
+    float sums[LANES] = {};
+    if (width == 4 && end - first == LANES) step_of_four(x, weight, bias, first, from, to, sums);
+    else step(x, width, weight, bias, first, end, from, to, sums);
+    store(out + first, load(sums), lanes);
+    if (silu) activate(out + first, lanes);
+}
+
 } // namespace
 
 // One token of a convolution over tokens for each of `channels`, for `rows` sequences. x and out [rows, channels], states
@@ -64,20 +76,33 @@ void step_of_four(const bf16* x, const bf16* weight, const bf16* bias, int64_t f
 extern "C" void emoe_convolve(const bf16* x, int64_t rows, int64_t channels, int64_t width, const bf16* weight,
                               const bf16* bias, int silu, bf16* states, const int64_t* sources, const int64_t* targets,
                               bf16* out, int threads) {
-    const int64_t blocks = (channels + LANES - 1) / LANES;
+    const int64_t blocks = (channels + LANES - 1) / LANES, size = channels * width;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = block * LANES, end = std::min(first + LANES, channels);
-        const Lanes lanes = lanes_before(first, channels);
-        for (int64_t r = 0; r < rows; ++r) {
-            const bf16* from = states + sources[r] * channels * width;
-            bf16* to = states + targets[r] * channels * width;
-            float sums[LANES] = {};
-            if (width == 4 && end - first == LANES) step_of_four(x + r * channels, weight, bias, first, from, to, sums);
-            else step(x + r * channels, width, weight, bias, first, end, from, to, sums);
-            bf16* place = out + r * channels + first;
-            store(place, load(sums), lanes);
-            if (silu) activate(place, lanes);
+    for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t r = 0; r < rows; ++r)
+            step_of_any(x + r * channels, channels, width, weight, bias, silu, block * LANES, states + sources[r] * size,
+                        states + targets[r] * size, out + r * channels);
+}
+
+void emoe::convolve_segments(const Segments& segments, int64_t channels, int64_t width, const bf16* weight, const bf16* bias,
+                             bool silu, bf16* states, bf16* x, int threads) {
+    const int64_t blocks = (channels + LANES - 1) / LANES, size = channels * width;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int64_t each = (blocks + omp_get_num_threads() - 1) / omp_get_num_threads() * LANES;
+        const int64_t begin = std::min(channels, omp_get_thread_num() * each), end = std::min(channels, begin + each);
+        for (int64_t n = 0; n < segments.count; ++n) {
+            bf16* to = states + segments.targets[n] * size;
+            const bf16* from = states + segments.sources[n] * size;
+            int64_t t = segments.rows[n];
+            if (segments.sources[n] < 0) std::memset(to + begin * width, 0, (end - begin) * width * sizeof(bf16));
+            else if (t == segments.rows[n + 1]) std::memcpy(to + begin * width, from + begin * width, (end - begin) * width * sizeof(bf16));
+            if (segments.sources[n] < 0) from = to;
+            for (; t < segments.rows[n + 1]; ++t, from = to)
+                for (int64_t first = begin; first < end; first += LANES) {
+                    bf16* row = x + t * channels;
+                    step_of_any(row, channels, width, weight, bias, silu, first, from, to, row);
+                }
         }
     }
 }

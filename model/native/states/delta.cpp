@@ -26,7 +26,7 @@ void delta_columns(const Head& head, int64_t key_size, int64_t value_size, int64
         const Floats key = all(head.key[k] * head.decay[k * head.decay_step]);
         for (int w = 0; w < Width; ++w) {
             const float* at = from + k * value_size + first + w * LANES;
-            if (Streams) _mm_prefetch((const char*)(at + kAhead), _MM_HINT_T0);
+            if (Streams) _mm_prefetch((const char*)(at + kStateAhead), _MM_HINT_T0);
             found[w] = fused(Whole ? load(at) : load(at, lanes[w]), key, found[w]);
         }
     }

@@ -20,7 +20,7 @@ void selective_rows(Floats decay, const float* inputs, const float* read, const 
         const Floats in = load(written + n), by = load(read + n);
         for (int i = 0; i < Rows; ++i) {
             const int64_t at = (p + i) * state_size + n;
-            if (Streams) _mm_prefetch((const char*)(from + at + kAhead), _MM_HINT_T0);
+            if (Streams) _mm_prefetch((const char*)(from + at + kStateAhead), _MM_HINT_T0);
             const Floats now = fused(input[i], in, mul(load(from + at), decay));
             put<Streams>(to + at, now);
             total[i] = fused(now, by, total[i]);

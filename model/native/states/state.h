@@ -17,7 +17,7 @@
 namespace emoe {
 
 constexpr int64_t LANES = 16;
-constexpr int64_t kAhead = 1024; // floats that are fetched in advance
+constexpr int64_t kStateAhead = 1024; // floats that are fetched in advance
 
 // Writes a part of a state. States that nobody reads before the next step are written past the caches: otherwise the memory
 // that they overwrite would be read first.
@@ -47,5 +47,17 @@ inline void write_as(int wide, const float* from, int64_t count, void* to, int64
         else store((bf16*)to + at + c, load(from + c, lanes), lanes);
     }
 }
+
+// The rows of a step by sequence: those of segment n are rows[n] to rows[n + 1]. They begin with the states of slot
+// sources[n], or with zeros if that is negative, and leave theirs in slot targets[n]. Segments run in order, so that one may
+// begin with what an earlier one has left. One without rows copies states.
+struct Segments {
+    int64_t count;
+    const int64_t *rows, *sources, *targets;
+};
+
+// Short convolutions of all segments, in place: x [rows, channels]. Other arguments are as in emoe_convolve.
+void convolve_segments(const Segments& segments, int64_t channels, int64_t width, const bf16* weight, const bf16* bias,
+                       bool silu, bf16* states, bf16* x, int threads);
 
 } // namespace emoe

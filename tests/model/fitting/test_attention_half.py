@@ -23,12 +23,14 @@ from tests.model.native.test_models import logits, runner_of, texts
 
 JOINED = ["mixtral", "mixtral-sliding", "qwen3_moe-mixed", "qwen2_moe-sliding", "olmoe", "glm4_moe", "minimax_m2"]
 JOINED += ["gpt_oss", "phimoe", "phimoe-longrope"]
+GATED = ["qwen3_next", "qwen3_5_moe_text"]
+"""The matrix of queries makes gates too."""
 LATENT = ["deepseek_v3", "deepseek_v3-yarn", "mistral4", "glm4_moe_lite", "axk1"]
 OTHERS = ["granitemoe", "ernie4_5_moe", "gemma4_text", "deepseek_v2"]
 """Scaled sums, other rotary embeddings, further norms."""
 
 
-@pytest.mark.parametrize("family", JOINED + LATENT + OTHERS)
+@pytest.mark.parametrize("family", JOINED + GATED + LATENT + OTHERS)
 def test_which_layers_are_joined(
     lib: ctypes.CDLL, family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
