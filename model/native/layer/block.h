@@ -37,10 +37,11 @@ inline void add_and_normalise(const bf16* x, int64_t tokens, int64_t hidden, con
 
 struct Block {
     int64_t hidden, heads, key_heads, key_size, value_size;
-    Norm before, query_norm, key_norm, after;
-    Matrix query, key, value, out;
+    Norm before, query_norm, key_norm, value_norm, behind, after; // `behind` is that of attention's output
+    Matrix query, key, value, out; // value is null where values are keys before their norm and rotation
     const float* sinks; // null: there are none
-    float scale;
+    float scale, factor; // of scores; of attention's output
+    int64_t turns_first; // whether queries and keys are rotated before their norms
 };
 
 // What a step gives to a block: see emoe_block.

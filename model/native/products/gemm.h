@@ -29,7 +29,10 @@ inline int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel;
 inline int64_t panel_size(int64_t depth) { return depth * kPanel; }
 
 // Registers of columns in a tile of R rows. Fewer rows leave room for more columns.
-template <int R> constexpr int kColumns = kRegisters == 32 ? 4 : R == 1 ? 8 : R == 2 ? 4 : 2;
+template <int R> constexpr int kColumns = kRegisters == 32 ? R > kRows ? 2 : 4 : R == 1 ? 8 : R == 2 ? 4 : 2;
+// With 32 registers, so many rows are multiplied by half of a panel's columns at a time: the panel goes from L2 to L1 once,
+// where two blocks of 4 rows would read it twice. Steps of 7 or 8 tokens mostly wait for their matrices.
+constexpr int64_t kManyRows = 8;
 
 // Multiplies R rows by `pairs` pairs of one panel. The products are added to `sums` [R][64] if `more` is true, else they
 // replace it. Meanwhile LINES cache lines per pair are prefetched from `ahead` on, so that memory is read while the
@@ -50,7 +53,7 @@ void multiply(const bf16* const* rows, int64_t first_pair, int64_t pairs, const 
         for (int64_t k = 0; k < pairs; ++k, b += 2 * kPanel) {
             if (first < LINES * C * kLanes)
                 for (int line = 0; line < kLines; ++line, ahead += 64)
-                    _mm_prefetch(ahead, LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1);
+                    _mm_prefetch(ahead, LINES == 4 && R <= kRows ? _MM_HINT_T0 : _MM_HINT_T1);
             Pairs column[C];
             for (int c = 0; c < C; ++c) column[c] = load_pairs(b + c * 2 * kLanes);
             for (int r = 0; r < R; ++r) {
@@ -81,6 +84,20 @@ void multiply_some(int64_t count, const bf16* const* rows, int64_t first, int64_
     with_rows<kRows>(count, [&](auto number) {
         multiply<decltype(number)::value, LINES>(rows, first, pairs, panel, sums, first > 0, ahead);
     });
+}
+
+// Multiplies 7 or 8 rows.
+inline void multiply_many(int64_t count, const bf16* const* rows, int64_t first, int64_t pairs, const bf16* panel, float* sums,
+                          bool fetch, const char* next) {
+    const auto run = [&](auto number, auto lines) {
+        multiply<decltype(number)::value, decltype(lines)::value>(rows, first, pairs, panel, sums, first > 0, next);
+    };
+    const auto with = [&](auto number) {
+        if (fetch) run(number, std::integral_constant<int, 4>{});
+        else run(number, std::integral_constant<int, 0>{});
+    };
+    if (count == kManyRows) with(std::integral_constant<int, kManyRows>{});
+    else with(std::integral_constant<int, kManyRows - 1>{});
 }
 
 #ifdef EMOE_TILES
@@ -160,6 +177,10 @@ inline void multiply_chunk(int64_t count, const bf16* const* rows, int64_t depth
     for (int64_t first = 0; first < depth / 2; first += kPairs) {
         const int64_t pairs = std::min(kPairs, depth / 2 - first);
         const char* next = (const char*)(panel + (first + pairs) * 2 * kPanel);
+        if (kRegisters == 32 && count > kRows && count <= kManyRows) {
+            multiply_many(count, rows, first, pairs, panel, sums, fetch, next);
+            continue;
+        }
         for (int64_t block = 0, at = 0; block < blocks; ++block) {
             // blocks have about equal sizes, since 4 + 3 rows are faster than 6 + 1
             const int64_t here = count / blocks + (block < count % blocks);
