@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.model.native.attention import TILE, NativeBatch
-from elastic_moe.model.native.block import Matrix, Norm
+from elastic_moe.model.native.block import BareNorm, Matrix, Norm
 from elastic_moe.model.native.linear import Packed
 from elastic_moe.model.trunk.attention import Window
 from elastic_moe.model.trunk.attention_path import AttentionPath, KVShape
@@ -36,6 +36,28 @@ def fed_forward(module: nn.Module, x: Tensor) -> Any:
     """The output of a feed-forward half. Some return their router's scores beside it."""
     out = module(x)
     return out[0] if isinstance(out, tuple) else out
+
+
+class Tail:
+    """What follows the attention half of most layers: sum + factor * behind(feed-forward half).
+
+    The feed-forward half takes the normalised sum, or the sum where there is no norm before it.
+    """
+
+    def __init__(self, feed_forward: nn.Module, *, behind: nn.Module | None = None, factor: float = 1.0) -> None:
+        self.feed_forward = feed_forward
+        self._behind = behind
+        self._factor = factor
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the sum alone."""
+        return self._behind is None and self._factor == 1.0
+
+    def __call__(self, sum_TH: Tensor, normed_TH: Tensor) -> Tensor:
+        out: Tensor = fed_forward(self.feed_forward, normed_TH[None])[0]
+        out = out if self._behind is None else self._behind(out)
+        return sum_TH + (out if self._factor == 1.0 else out * self._factor)
 
 
 def native_input(batch: Any, hidden: Tensor, mask: Any) -> bool:
@@ -71,9 +93,11 @@ def matrix_of(module: Any) -> Matrix | None:
     return Matrix(packed=module.packed, bias=module.bias)
 
 
-def norm_of(module: Any) -> Norm | None:
-    """The native norm of a module, or None."""
+def norm_of(module: Any, size: int | None = None) -> Norm | None:
+    """The native norm of a module, or None. `size`: of the rows, for a norm without weights."""
     forward = getattr(module, "forward", None)
+    if isinstance(forward, BareNorm) and size is not None:
+        return forward.of(size)
     return forward if isinstance(forward, Norm) else None
 
 

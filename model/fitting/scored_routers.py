@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.model.fitting.halves import matrix_of, norm_of
 from elastic_moe.model.native.linear import Packed
-from elastic_moe.model.native.router import ScoredRouter, Scoring
+from elastic_moe.model.native.router import NormedRouter, ScoredRouter, Scoring
 
 _ROWS = 256
 
@@ -67,6 +69,64 @@ def find_scored_router(lib: ctypes.CDLL, module: nn.Module, packed: Packed, erro
         if scaled is not None:
             return replace(router, scoring=scaled, bias=None if trial.given is not None else bias)
     return "no choice by scores, a bias and groups is the same as its own"
+
+
+def find_normed_router(lib: ctypes.CDLL, module: nn.Module, errors: tuple[type[Exception], ...]) -> NormedRouter | None:
+    """A NormedRouter that does what a module of a norm, a matrix and two vectors does; None if there is none."""
+    children = list(module.children())
+    vectors = [p.detach() for p in module.parameters(recurse=False)]
+    matrix = next((own for child in children if (own := matrix_of(child)) is not None), None)
+    if len(children) != 2 or len(vectors) != 2 or matrix is None or matrix.bias is not None:
+        return None
+    packed = matrix.packed
+    norm = next((found for child in children if (found := norm_of(child, packed.depth)) is not None), None)
+    if norm is None or packed.form is not ExpertForm.PLAIN:
+        return None
+    try:
+        trial = _try(module, packed)
+    except errors:
+        return None
+    if isinstance(trial, str):
+        return None
+    factors = sorted({1.0, *(float(v) for v in vars(module).values() if isinstance(v, float) and v > 0)})
+    for (columns, scales), factor, normalises in itertools.product((vectors, vectors[::-1]), factors, (True, False)):
+        if columns.shape != (packed.depth,) or scales.shape != (packed.columns,):
+            continue
+        router = ScoredRouter(
+            lib=lib,
+            packed=packed,
+            wide=False,
+            logits_dtype=torch.bfloat16,
+            scoring=Scoring(logistic=False, normalises=normalises),
+            top_k=trial.index.shape[1],
+            dtype=torch.float32,
+        )
+        normed = NormedRouter(
+            router=router,
+            norm=norm,
+            columns=columns.contiguous(),
+            factor=factor,
+            scales=scales.float().contiguous(),
+        )
+        if _same_choices(normed, trial):
+            return normed
+    return None
+
+
+def _same_choices(router: NormedRouter, trial: _Trial) -> bool:
+    """Whether a router chooses what the module of a trial chooses, and gives the choices the same scores.
+
+    Of experts with equal probabilities, either may be chosen.
+    """
+    probabilities, scores, index = router(trial.rows)
+    ours, theirs = (probabilities.gather(1, chosen).sort(-1).values for chosen in (index, trial.index))
+    if not torch.equal(probabilities, trial.logits) or not torch.equal(ours, theirs):
+        return False
+    alike = (index.sort(-1).values == trial.index.sort(-1).values).all(-1)
+    got, wanted = (
+        values.gather(1, chosen.argsort(-1))[alike] for values, chosen in ((scores, index), (trial.scores, trial.index))
+    )
+    return bool(alike.any()) and torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
 
 
 def _try(module: nn.Module, packed: Packed) -> _Trial | str:

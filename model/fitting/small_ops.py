@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
-from elastic_moe.model.fitting.scored_routers import find_scored_router
+from elastic_moe.model.fitting.scored_routers import find_normed_router, find_scored_router
 from elastic_moe.model.native.block import Norm
 from elastic_moe.model.native.linear import Packed, can_pack, linear, pack
 from elastic_moe.model.native.router import Router
@@ -36,6 +36,11 @@ def fit_trunk(lib: ctypes.CDLL, trunk: nn.Module, notes: FitNotes) -> int:
         if not fit_other_norms(lib, module, notes):
             fit_norm(module, partial(Norm, lib=lib), CodePath.NATIVE, notes)
         packed_bytes += _pack_routers(lib, module, notes)
+    for module in trunk.modules():
+        router = find_normed_router(lib, module, OTHERWISE)
+        if router is not None:
+            module.forward = router
+            notes.add(Part.ROUTER, type(module).__name__, CodePath.NATIVE)
     for name in sorted({type(module).__module__ for module in trunk.modules()}):
         fit_native_rotary(lib, sys.modules[name], notes)
     return packed_bytes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.attention_half import FittedLayer, decoder_layers
-from elastic_moe.model.fitting.halves import Rotation, fed_forward, native_embeddings, native_input
+from elastic_moe.model.fitting.halves import Rotation, Tail, fed_forward, native_embeddings, native_input
 from elastic_moe.model.native.layers import JointLayer, JointLayers
 from elastic_moe.model.native.router import Router
 from elastic_moe.model.operators.trials import OTHERWISE
@@ -112,7 +112,9 @@ def _joint_layer(layer: nn.Module, experts: Sequence[nn.Module], number: int) ->
     fitted: Any = layer.forward
     if not isinstance(fitted, FittedLayer):
         return "a layer attends to latents"
-    feed_forward = fitted.feed_forward
+    if not isinstance(fitted.tail, Tail) or not fitted.tail.plain:
+        return "a layer does more than to add its halves to its input"
+    feed_forward = fitted.tail.feed_forward
     routers = [module.forward for module in feed_forward.modules() if isinstance(module.forward, Router)]
     if len(routers) != 1 or experts[number] not in list(feed_forward.modules()):
         return "a feed-forward half has no native router"

@@ -119,7 +119,10 @@ class Matrix:
 
 
 class AttentionBlock:
-    """Computes sum = x + attention(before(x)), and after(sum). It keeps the tensors of its parts alive."""
+    """Computes sum = x + factor * behind(attention(before(x))), and after(sum).
+
+    It keeps the tensors of its parts alive.
+    """
 
     def __init__(
         self,
@@ -127,35 +130,43 @@ class AttentionBlock:
         *,
         head_size: int,
         scale: float,
-        before: Norm,
-        after: Norm,
+        before: Norm | None,
+        after: Norm | None,
         query: Matrix,
         key: Matrix,
-        value: Matrix,
+        value: Matrix | None,
         out: Matrix,
         query_norm: Norm | None,
         key_norm: Norm | None,
+        value_norm: Norm | None = None,
+        behind: Norm | None = None,
+        factor: float = 1.0,
+        turns_first: bool = False,
         sinks: Tensor | None = None,
         gated: bool = False,
     ) -> None:
-        """`sinks` [heads] as in Rules. Norms of queries and keys normalise one head, or all heads of a token, as the
-        length of their weights says. `gated`: whether `query` also makes a gate of each head's output, behind the
-        head's query.
+        """`sinks` [heads] as in Rules. Norms of queries, keys and values normalise a head, or all heads of a token, by
+        the length of their weights. Without a matrix for values, they are keys before their norm and rotation.
+        `turns_first`: whether queries and keys are rotated before their norms. `gated`: whether `query` also makes a
+        gate of each head's output, behind the head's query.
 
         Raises ValueError if sizes do not fit together.
         """
         made = 2 * head_size if gated else head_size
         heads, key_heads = query.packed.columns // made, key.packed.columns // head_size
         hidden = query.packed.depth
-        value_size = value.packed.columns // max(1, key_heads)
+        values = key if value is None else value
+        value_size = values.packed.columns // max(1, key_heads)
         whole = [query.packed.columns == heads * made, key.packed.columns == key_heads * head_size]
         fits = [
             heads % max(1, key_heads) == 0,
-            value.packed.columns == key_heads * value_size,
+            values.packed.columns == key_heads * value_size,
             (out.packed.depth, out.packed.columns) == (heads * value_size, hidden),
-            key.packed.depth == value.packed.depth == before.size == after.size == hidden,
+            key.packed.depth == values.packed.depth == hidden,
+            all(norm is None or norm.size == hidden for norm in (before, behind, after)),
             query_norm is None or query.packed.columns % query_norm.size == 0,
             key_norm is None or key.packed.columns % key_norm.size == 0,
+            value_norm is None or values.packed.columns % value_norm.size == 0,
             sinks is None or sinks.shape == (heads,),
             not gated or (value_size == head_size and (query_norm is None or query_norm.size == head_size)),
         ]
@@ -163,7 +174,8 @@ class AttentionBlock:
             raise ValueError("matrices and norms of other sizes")
         self._function = lib.emoe_block
         logits = None if sinks is None else sinks.detach().float().contiguous()
-        self._kept = (before, after, query, key, value, out, query_norm, key_norm, logits)
+        self.value_size = value_size
+        self._kept = (before, behind, after, query, key, value, out, query_norm, key_norm, value_norm, logits)
         self._block = structs.Block(
             hidden=hidden,
             heads=heads,
@@ -173,18 +185,23 @@ class AttentionBlock:
             before=norm_struct(before),
             query_norm=norm_struct(query_norm),
             key_norm=norm_struct(key_norm),
+            value_norm=norm_struct(value_norm),
+            behind=norm_struct(behind),
             after=norm_struct(after),
             query=matrix_struct(query),
             key=matrix_struct(key),
-            value=matrix_struct(value),
+            value=structs.Matrix() if value is None else matrix_struct(value),
             out=matrix_struct(out),
             sinks=None if logits is None else logits.data_ptr(),
             scale=scale,
             gated=gated,
+            factor=factor,
+            turns_first=turns_first,
         )
         self.address = ctypes.addressof(self._block)
         """The address of the block's structure, an argument of native functions."""
         self.head_size = head_size
+        self._normalises = after is not None
 
     def __call__(
         self,
@@ -195,7 +212,8 @@ class AttentionBlock:
         sines_TD: Tensor,
         window: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns (sum [T, H], normalised sum [T, H]) for dense bfloat16 rows. Writes keys and values to the caches.
+        """Returns (sum [T, H], normalised sum [T, H]) for dense bfloat16 rows; the sum twice without a norm `after`.
+        Writes keys and values to the caches.
 
         The first D numbers of each head are rotated, where D may be less than the head's size.
         """
@@ -215,7 +233,7 @@ class AttentionBlock:
             normed_TH.data_ptr(),
             torch.get_num_threads(),
         )
-        return sum_TH, normed_TH
+        return sum_TH, normed_TH if self._normalises else sum_TH
 
 
 class LatentBlock:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from elastic_moe.model.native import structs
 from elastic_moe.model.native.attention import NativeBatch
-from elastic_moe.model.native.block import AttentionBlock, Matrix, matrix_struct
+from elastic_moe.model.native.block import AttentionBlock, Matrix, Norm, matrix_struct, norm_struct
 from elastic_moe.model.native.experts import check_available
 from elastic_moe.model.native.linear import Packed
-from elastic_moe.model.native.router import Router, ScoredRouter
+from elastic_moe.model.native.router import NormedRouter, Router, ScoredRouter
 from elastic_moe.model.native.structs import Experts, Head, Layer
 
 
@@ -159,9 +159,11 @@ class FeedForwardHalf:
         router: Router | ScoredRouter,
         shared: tuple[Matrix, Matrix, Matrix] | None,
         share: Packed | None = None,
+        *,
+        gelu: bool = False,
     ) -> None:
-        """`shared`: gate, up and down, between which silu(gate) * up is made. `share` [1, H]: its logistic function
-        scales the shared expert's output.
+        """`shared`: gate, up and down, between which silu(gate) * up is made, or with `gelu` gelu(gate) * up, by tanh.
+        `share` [1, H]: its logistic function scales the shared expert's output.
 
         Raises ValueError if sizes do not fit together.
         """
@@ -176,7 +178,7 @@ class FeedForwardHalf:
         self.router = router
         self._kept = (shared, share)
         gate, up, down = map(matrix_struct, matrices) if matrices else (structs.Matrix(),) * 3
-        self._half = structs.FeedForward(
+        self.struct = structs.FeedForward(
             hidden=hidden,
             num_experts=router.packed.columns,
             top_k=router.top_k,
@@ -187,6 +189,7 @@ class FeedForwardHalf:
             up=up,
             down=down,
             share=None if share is None else share.data.data_ptr(),
+            gelu=gelu,
             **_choice(router),
         )
 
@@ -200,7 +203,7 @@ class FeedForwardHalf:
         out_TH = torch.empty_like(x_TH)
         index_TK = torch.empty(len(x_TH), self.router.top_k, dtype=torch.int64)
         status = self._function(
-            ctypes.addressof(self._half),
+            ctypes.addressof(self.struct),
             None if experts is None else ctypes.addressof(experts.layers[number]),
             None if experts is None else experts.exchange,
             x_TH.data_ptr(),
@@ -213,6 +216,99 @@ class FeedForwardHalf:
         if experts is not None:
             experts.check(status)
         return out_TH, index_TK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BetweenNorms:
+    """The norms of a feed-forward half of two parts: around each part, but the one before the shared part, and behind
+    their sum.
+    """
+
+    behind_shared: Norm
+    before_experts: Norm
+    behind_experts: Norm
+    behind: Norm
+
+
+class TwoPartHalf:
+    """Computes factor * (x + behind(shared part + experts' part)), each part between norms of its own: see layers.cpp.
+
+    Its callers normalise the rows of the shared part.
+    """
+
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        router: NormedRouter,
+        shared: tuple[Matrix, Matrix, Matrix],
+        norms: BetweenNorms,
+        *,
+        gelu: bool,
+        factor: float,
+    ) -> None:
+        """`shared` and `gelu` as in FeedForwardHalf. Raises ValueError if sizes do not fit together."""
+        half = FeedForwardHalf(lib, router.router, shared, gelu=gelu)
+        hidden = router.router.packed.depth
+        named = {field: getattr(norms, field) for field in BetweenNorms.__dataclass_fields__}
+        if any(norm.size != hidden for norm in (router.norm, *named.values())):
+            raise ValueError("norms of other sizes")
+        self._function = lib.emoe_two_parts
+        self.router = router
+        self._kept = (half, norms)
+        self._parts = structs.TwoParts(
+            half=half.struct,
+            router_norm=norm_struct(router.norm),
+            columns=router.columns.data_ptr(),
+            scales=router.scales.data_ptr(),
+            router_factor=router.factor,
+            factor=factor,
+            **{name: norm_struct(norm) for name, norm in named.items()},
+        )
+
+    def __call__(
+        self, x_TH: Tensor, normed_TH: Tensor, experts: JointExperts, number: int, expert_threads: int
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (output [T, H], chosen experts [T, K]) of the MoE layer `number`. Blocks on the other workers.
+
+        `normed_TH` are the rows of the shared part. Raises StepAborted if a worker is gone.
+        """
+        made_TH = torch.empty_like(x_TH)
+        status, out_TH, index_TK, _, _ = self._run(x_TH, normed_TH, experts, number, made_TH, expert_threads)
+        experts.check(status)
+        return out_TH, index_TK
+
+    def trial(self, x_TH: Tensor, normed_TH: Tensor, made_TH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The output for experts that make `made_TH`, the choices, their scores, and what the experts are given."""
+        return self._run(x_TH, normed_TH, None, 0, made_TH.clone(), 1)[1:]
+
+    def _run(
+        self,
+        x_TH: Tensor,
+        normed_TH: Tensor,
+        experts: JointExperts | None,
+        number: int,
+        made_TH: Tensor,
+        expert_threads: int,
+    ) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+        out_TH, rows_TH = torch.empty_like(x_TH), torch.empty_like(x_TH)
+        index_TK = torch.empty(len(x_TH), self.router.router.top_k, dtype=torch.int64)
+        scores_TK = torch.empty(index_TK.shape, dtype=torch.float32)
+        status: int = self._function(
+            ctypes.addressof(self._parts),
+            None if experts is None else ctypes.addressof(experts.layers[number]),
+            None if experts is None else experts.exchange,
+            x_TH.data_ptr(),
+            normed_TH.data_ptr(),
+            len(x_TH),
+            index_TK.data_ptr(),
+            scores_TK.data_ptr(),
+            rows_TH.data_ptr(),
+            made_TH.data_ptr(),
+            out_TH.data_ptr(),
+            torch.get_num_threads(),
+            expert_threads,
+        )
+        return status, out_TH, index_TK, scores_TK, rows_TH
 
 
 def _choice(router: Router | ScoredRouter) -> dict[str, Any]:

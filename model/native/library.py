@@ -83,6 +83,7 @@ _SIGNATURES = {
     "emoe_layers": "ppipipippiipipiptt>t",
     "emoe_layers_idle": "ppippt>t",
     "emoe_feed_forward": "ppppipptt>t",
+    "emoe_two_parts": "pppppippppptt>t",
     "emoe_tiles": "t>t",
     "emoe_attention_sizes": "p",
     "emoe_block_sizes": "p",

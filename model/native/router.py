@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic_moe.model.native.block import Norm
 from elastic_moe.model.native.linear import Packed
 
 
@@ -112,6 +113,25 @@ class ScoredRouter:
             torch.get_num_threads(),
         )
         return logits.to(self.logits_dtype), scores.to(self.dtype), index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormedRouter:
+    """A router that normalises its rows itself, and whose scores are scaled expert by expert."""
+
+    router: ScoredRouter
+    norm: Norm
+    columns: Tensor
+    """[H] bfloat16, by which normalised rows are multiplied."""
+    factor: float
+    """By which they are multiplied then."""
+    scales: Tensor
+    """[E] float32, by which the scores are multiplied at last."""
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (probabilities [T, E], scores [T, K], experts [T, K])."""
+        logits, scores, index = self.router(self.norm(hidden_states) * self.columns * self.factor)
+        return logits.float().softmax(-1), scores * self.scales[index], index
 
 
 def _outputs(rows: int, experts: int, top_k: int, logits_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,11 +29,11 @@ class Block(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("hidden", "heads", "key_heads", "key_size", "value_size")),
-        *((name, Norm) for name in ("before", "query_norm", "key_norm", "after")),
+        *((name, Norm) for name in ("before", "query_norm", "key_norm", "value_norm", "behind", "after")),
         *((name, Matrix) for name in ("query", "key", "value", "out")),
         ("sinks", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("gated", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("scale", "factor")),
+        *((name, ctypes.c_int32) for name in ("gated", "turns_first")),
     )
 
 
@@ -89,7 +89,7 @@ class FeedForward(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("hidden", "num_experts", "top_k", "width")),
         *((name, ctypes.c_void_p) for name in ("router", "router_bias", "added")),
         *((name, ctypes.c_int64) for name in ("groups", "top_groups", "best")),
-        *((name, ctypes.c_int32) for name in ("scored", "wide", "logistic", "normalise", "rounds")),
+        *((name, ctypes.c_int32) for name in ("scored", "wide", "logistic", "normalise", "rounds", "gelu")),
         ("scale", ctypes.c_float),
         *((name, Matrix) for name in ("gate", "up", "down")),
         ("share", ctypes.c_void_p),
@@ -129,6 +129,18 @@ class StateBlock(ctypes.Structure):
     )
 
 
+class TwoParts(ctypes.Structure):
+    """See layers.cpp."""
+
+    _fields_ = (
+        ("half", FeedForward),
+        *((name, Norm) for name in ("router_norm", "behind_shared", "before_experts")),
+        *((name, Norm) for name in ("behind_experts", "behind")),
+        *((name, ctypes.c_void_p) for name in ("columns", "scales")),
+        *((name, ctypes.c_float) for name in ("router_factor", "factor")),
+    )
+
+
 SUPPLY_NEXT = ctypes.CFUNCTYPE(
     ctypes.c_int64,
     ctypes.c_int64,
@@ -159,7 +171,7 @@ MIRRORED: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "emoe_attention_sizes": (SequenceRow,),
     "emoe_block_sizes": (Norm, Matrix, Block, Head),
     "emoe_latent_block_sizes": (LatentBlock,),
-    "emoe_layers_sizes": (Layer, Experts, FeedForward),
+    "emoe_layers_sizes": (Layer, Experts, FeedForward, TwoParts),
     "emoe_state_block_sizes": (StateProduct, StateColumns, StateBlock),
     "emoe_experts_sizes": (Supply,),
 }

@@ -325,6 +325,12 @@ inline Floats over_logistic(Floats top, Floats x) {
     return div(top, add(all(1.f), exponential(sub(zero(), x))));
 }
 
+// gelu, approximated by tanh: (1 + tanh y) / 2 is the logistic function of 2 y.
+inline Floats gelu(Floats x) {
+    const Floats cubic = mul(x, fused(mul(x, x), all(0.044715f), all(1.f)));
+    return over_logistic(x, mul(cubic, all(1.59576912161f)));
+}
+
 // What rounding takes off the sum of a and b, exactly (Knuth).
 inline Floats lost(Floats a, Floats b, Floats sum) {
     const Floats rest = sub(sum, a);

@@ -62,6 +62,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"family": "hunyuan_v1_moe"},
     "minimax_m2": {"family": "minimax_m2"},
     "gemma4_text": {"family": "gemma4_text"},
+    "gemma4_text-keys": {"family": "gemma4_text", "attention_k_eq_v": True, "num_global_key_value_heads": 1},
 }
 """Name of a case -> arguments of `make_random_checkpoint`. A case is a family, or a family with a setting that matters:
 sliding windows, soft-caps, dense layers between MoE layers, scaled rotary embeddings, tied embeddings."""

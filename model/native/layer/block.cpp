@@ -57,7 +57,7 @@ struct Products {
 // The products of a block: those before attention (kBefore), and the one after it (kAfter).
 Products products_of(const Block& b, int number) {
     if (number == kAfter) return {b.heads * b.value_size, 1, {&b.out}, {b.hidden}};
-    return {b.hidden, 3, {&b.query, &b.key, &b.value},
+    return {b.hidden, b.value.packed == nullptr ? 2 : 3, {&b.query, &b.key, &b.value},
             {b.heads * b.query_step(), b.key_heads * b.key_size, b.key_heads * b.value_size}};
 }
 Products products_of(const Head& head) { return {head.depth, 1, {&head.matrix}, {head.columns}}; }
@@ -141,25 +141,36 @@ int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int thr
     const bool shared = threads > 1 && tokens >= 16;
 #pragma omp parallel for num_threads(threads) if (shared)
     for (int64_t t = 0; t < tokens; ++t) b.before(step.x + t * b.hidden, b.hidden, step.normed + t * b.hidden);
-    if (const int status = multiply(products_of(b, kBefore), kBefore, step.normed, tokens, q, exchange, threads)) return status;
+    const bf16* input = b.before.weight == nullptr ? step.x : step.normed;
+    if (const int status = multiply(products_of(b, kBefore), kBefore, input, tokens, q, exchange, threads)) return status;
+    if (b.value.packed == nullptr) std::memcpy(v, k, tokens * values_wide * sizeof(bf16));
 #pragma omp parallel for num_threads(threads) if (shared)
     for (int64_t t = 0; t < tokens; ++t) {
-        if (b.gated)
-            for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.query_step())
-                b.query_norm(head, b.key_size, head);
-        else b.query_norm(q + t * wide, wide, q + t * wide);
-        b.key_norm(k + t * narrow, narrow, k + t * narrow);
+        const auto normalise = [&] {
+            if (b.gated)
+                for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.query_step())
+                    b.query_norm(head, b.key_size, head);
+            else b.query_norm(q + t * wide, wide, q + t * wide);
+            b.key_norm(k + t * narrow, narrow, k + t * narrow);
+        };
+        if (!b.turns_first) normalise();
+        b.value_norm(v + t * values_wide, values_wide, v + t * values_wide);
         const bf16 *cosine = step.cosines + t * rotated, *sine = step.sines + t * rotated;
         for (bf16* head = q + t * wide; head < q + (t + 1) * wide; head += b.query_step())
             rotate_row(head, cosine, sine, rotated, head);
         for (bf16* head = k + t * narrow; head < k + (t + 1) * narrow; head += b.key_size)
             rotate_row(head, cosine, sine, rotated, head);
+        if (b.turns_first) normalise();
     }
     const int64_t strides[6] = {b.query_step(), wide, b.key_size, narrow, b.value_size, values_wide};
     emoe_attention(q, k, v, strides, b.heads, b.key_heads, b.key_size, b.value_size, step.keys, step.values, step.block_size,
                    step.sequences, step.num_sequences, step.tables, b.scale, step.window, 0.f, b.sinks, attended, threads);
     if (b.gated) scale_by_gates(b, q, tokens, attended, shared, threads);
     if (const int status = multiply(products_of(b, kAfter), kAfter, attended, tokens, step.sum, exchange, threads)) return status;
+    for (int64_t t = 0; t < tokens; ++t) {
+        b.behind(step.sum + t * b.hidden, b.hidden, step.sum + t * b.hidden);
+        if (b.factor != 1.f) scale_row(b.hidden, b.factor, step.sum + t * b.hidden);
+    }
     add_and_normalise(step.x, tokens, b.hidden, b.after, step.sum, step.normed, threads);
     return kDone;
 }
@@ -169,7 +180,7 @@ int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int thr
 using namespace emoe;
 
 // x [T, H] is the layer's input. `sum` [T, H] becomes x plus the output of attention, and `normed` [T, H] becomes `sum`
-// after the norm of the feed-forward half. cosines and sines are [T, rotated]: so many numbers of each head, the first ones,
+// after the norm of the feed-forward half, if there is one. cosines and sines are [T, rotated]: so many numbers of each head, the first ones,
 // are rotated. Other arguments are as in emoe_attention.
 extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines,
                            int64_t rotated, bf16* keys, bf16* values, int64_t block_size, const void* sequences,

@@ -37,13 +37,14 @@ inline void add_and_normalise(const bf16* x, int64_t tokens, int64_t hidden, con
 
 struct Block {
     int64_t hidden, heads, key_heads, key_size, value_size;
-    Norm before, query_norm, key_norm, after;
-    Matrix query, key, value, out;
+    Norm before, query_norm, key_norm, value_norm, behind, after; // `behind` is that of attention's output
+    Matrix query, key, value, out; // value is null where values are keys before their norm and rotation
     const float* sinks; // null: there are none
-    float scale;
+    float scale, factor; // of scores; of attention's output
     // Whether `query` makes a gate behind each head's query, whose logistic function scales the head's output. Then a head's
     // query and value have one size.
     int32_t gated;
+    int32_t turns_first; // whether queries and keys are rotated before their norms
 
     // Numbers that `query` makes for a head.
     int64_t query_step() const { return gated ? 2 * key_size : key_size; }

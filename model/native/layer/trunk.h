@@ -78,6 +78,14 @@ inline void rotate_pairs_row(const bf16* x, const bf16* cosine, const bf16* sine
     }
 }
 
+// Multiplies a row by a number.
+inline void scale_row(int64_t size, float factor, bf16* row) {
+    for (int64_t c = 0; c < size; c += 16) {
+        const Lanes lanes = lanes_before(c, size);
+        store(row + c, mul(load(row + c, lanes), all(factor)), lanes);
+    }
+}
+
 // Adds x to `sum`.
 inline void add_row(const bf16* x, int64_t size, bf16* sum) {
     for (int64_t c = 0; c < size; c += 16) {

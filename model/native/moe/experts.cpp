@@ -58,12 +58,8 @@ Floats gated(const Layer& layer, Floats gate, Floats up) {
     gate = smaller(limit, gate);
     up = larger(sub(zero(), limit), smaller(limit, up));
     if (layer.gate == kSilu) return mul(rounded(over_logistic(gate, gate)), up);
+    if (layer.gate == kGelu) return mul(rounded(gelu(gate)), up);
     const Floats one = all(1.f);
-    if (layer.gate == kGelu) {
-        // (1 + tanh y) / 2 is the logistic function of 2 y
-        const Floats cubic = mul(gate, fused(mul(gate, gate), all(0.044715f), one));
-        return mul(rounded(over_logistic(gate, mul(cubic, all(1.59576912161f)))), up);
-    }
     const Floats sigmoid = rounded(over_logistic(one, rounded(mul(gate, all(layer.alpha)))));
     return mul(rounded(add(up, one)), rounded(mul(gate, sigmoid)));
 }

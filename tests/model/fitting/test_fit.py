@@ -35,12 +35,13 @@ WHY_APART = {
     "minimax_m2": "a feed-forward half has no native router",
     "gpt_oss": "the trunk does more between its layers than hand on what the one before has made",
     "phimoe": "a feed-forward half has no native router",
-    "gemma4_text": "the attention half of 3 of 3 layers is not joined",
+    "gemma4_text": "a layer does more than to add its halves to its input",
+    "granitemoe": "a layer does more than to add its halves to its input",
 }
 WHY_NO_HALF = {
     "deepseek_v2": "a trial call with the usual arguments failed with AttributeError",
-    "granitemoe": "it does not just add attention to its input, or attends in another way",
-    "flex_olmo": "it lacks one of self_attn, input_layernorm and post_attention_layernorm",
+    "flex_olmo": "its cosines and sines are not in bfloat16",
+    "granitemoeshared": "beside attention and 2 norms it has 2 parts, where one feed-forward half is expected",
 }
 
 

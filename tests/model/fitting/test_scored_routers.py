@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 from transformers.models.hy_v3.modeling_hy_v3 import HYV3TopKRouter
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2TopKRouter
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLTopKRouter
 
 from elastic_moe.cluster.fit import CodePath, FitNotes, Part
 from elastic_moe.model.fitting.small_ops import fit_trunk
-from elastic_moe.model.native.router import ScoredRouter
+from elastic_moe.model.native.router import NormedRouter, ScoredRouter
+from elastic_moe.model.trunk.linear import pack_linears
 
 HIDDEN, ROWS = 64, 500
 _DEEPSEEK = {"hidden_size": HIDDEN, "num_experts_per_tok": 6, "routed_scaling_factor": 2.5}
@@ -100,6 +103,52 @@ def test_the_same_experts_are_chosen(lib: ctypes.CDLL, name: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=2**-6 if logits.dtype == torch.bfloat16 else 1e-4, atol=1e-6)
     alone = router(given[0][7:8], *given[1:])
     assert all(torch.equal(one[0], many[7]) for one, many in zip(alone, got, strict=True))
+
+
+@pytest.mark.parametrize("experts", [8, 128])
+def test_a_router_with_a_norm_of_its_own_chooses_the_same_experts(lib: ctypes.CDLL, experts: int) -> None:
+    router = normed(experts)
+    torch.manual_seed(1)
+    given = torch.randn(ROWS, HIDDEN).bfloat16()
+    expected = router(given)
+    notes = FitNotes()
+    pack_linears(router, FitNotes())
+    fit_trunk(lib, router, notes)
+    assert isinstance(router.forward, NormedRouter)
+    assert [row.path for row in notes.rows() if row.part is Part.ROUTER] == [CodePath.NATIVE]
+    probabilities, scores, index = router(given)
+    # a logit's last bit may differ from that of torch's product; where it does not, the choices are the same
+    alike = (probabilities == expected[0]).all(-1)
+    assert alike.float().mean() > 0.5
+    assert torch.equal(index.sort(-1).values[alike], expected[2].sort(-1).values[alike])
+    ours, theirs = (s.gather(1, i.argsort(-1))[alike] for s, i in ((scores, index), (expected[1], expected[2])))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert all(
+        torch.equal(one[0], many[7])
+        for one, many in zip(router(given[7:8]), (probabilities, scores, index), strict=True)
+    )
+    # ties
+    nothing = torch.zeros(1, HIDDEN, dtype=torch.bfloat16)
+    assert router(nothing)[2].sort(-1).values.tolist() == normed(experts)(nothing)[2].sort(-1).values.tolist()
+
+
+def test_a_router_that_scales_its_logits_keeps_its_code(lib: ctypes.CDLL) -> None:
+    router = normed(32)
+    pack_linears(router, FitNotes())
+    original = router.proj.forward
+    router.proj.forward = lambda x: 2 * original(x)
+    fit_trunk(lib, router, FitNotes())
+    assert "forward" not in vars(router)
+
+
+def normed(experts: int) -> Any:
+    """Gemma-4's router with random weights."""
+    config = Gemma4TextConfig(hidden_size=HIDDEN, num_experts=experts, top_k_experts=2 + experts // 32)
+    router = Gemma4TextRouter(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in router.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1)
+    return router.bfloat16().requires_grad_(False)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
