@@ -1,8 +1,8 @@
 """Runs a planner in a process that ends, at a low priority, because on a CPU node it runs beside the model.
 
 A task of Ray's would need two processes that Ray starts at the model's priority: two seconds of the cores for which
-steps wait, and 100 MB that stay. This process starts at that priority too, since somebody may wait for the plan, but
-in 0.2 s.
+steps wait, and 100 MB that stay. Where somebody waits for the plan, this process starts at that priority too, for
+half a second at most. It would lengthen every hundredth step of a server that looks at its placement each minute.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ _NICENESS = 10
 """A tenth of what a worker gets of a core, so that a plan is found also where all cores are busy."""
 
 
-async def plan_apart(problem: PlacementProblem, *, planner: str, deadline_s: float, solver: str) -> PlanResult:
+async def plan_apart(
+    problem: PlacementProblem, *, planner: str, deadline_s: float, solver: str, urgent: bool = False
+) -> PlanResult:
     """What `plan` returns for these arguments. The process ends with the call, also where the call is cancelled.
 
+    urgent: somebody waits for the plan, so the process gives way only when it has started.
     Raises the EmoeErrors of `plan`, NotReadyError where one process after another fails, and OSError where none can be
     started.
     """
     for _ in range(TRIES):
-        process = await asyncio.to_thread(_start)
+        process = await asyncio.to_thread(_start, urgent=urgent)
         try:
             answer = await asyncio.to_thread(_ask, process, _parts_of((problem, deadline_s, planner, solver)))
         finally:
@@ -54,14 +57,17 @@ async def plan_apart(problem: PlacementProblem, *, planner: str, deadline_s: flo
     return said
 
 
-def _start() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+def _start(*, urgent: bool) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
         command_of(main),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         # Ctrl-C is meant for the server, which then ends the process
         start_new_session=True,
     )
+    if not urgent:
+        _give_way(process.pid)
+    return process
 
 
 def _ask(process: subprocess.Popen[bytes], question: Iterable[bytes | memoryview]) -> bytes:
@@ -100,7 +106,7 @@ def main() -> None:
     answer = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     problem, deadline_s, planner, solver = _read(sys.stdin.buffer)
-    _give_way()
+    _give_way(os.getpid())
     said: PlanResult | EmoeError
     try:
         said = plan(problem, deadline_s, planner=planner, solver=solver)
@@ -110,8 +116,8 @@ def main() -> None:
         pickle.dump(said, out)
 
 
-def _give_way() -> None:
-    os.setpriority(os.PRIO_PROCESS, 0, _NICENESS)
+def _give_way(pid: int) -> None:
+    os.setpriority(os.PRIO_PROCESS, pid, _NICENESS)
     # Linux may share cores evenly among sessions, and only within one by niceness. Then a session has a niceness too
     with suppress(OSError):  # this kernel does not group them
-        Path("/proc/self/autogroup").write_text(str(_NICENESS))
+        Path(f"/proc/{pid}/autogroup").write_text(str(_NICENESS))

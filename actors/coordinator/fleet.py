@@ -167,7 +167,7 @@ class Fleet(Protocol):
         ...
 
     def solve(
-        self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str
+        self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str, *, urgent: bool = False
     ) -> Awaitable[PlanResult]: ...
 
 
@@ -394,8 +394,10 @@ class RayFleet:
             there = NodeAffinitySchedulingStrategy(node_id=info.node, soft=False)
             ray.remote(kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(info.pid)
 
-    def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> Awaitable[PlanResult]:
-        return plan_apart(problem, planner=planner, deadline_s=deadline_s, solver=solver)
+    def solve(
+        self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str, *, urgent: bool = False
+    ) -> Awaitable[PlanResult]:
+        return plan_apart(problem, planner=planner, deadline_s=deadline_s, solver=solver, urgent=urgent)
 
 
 def _native() -> bool:

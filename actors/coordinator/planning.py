@@ -276,7 +276,7 @@ class Planners:
     async def preview(self, planner: str, facts: Facts) -> RebalancePreview:
         """What a re-placement would do. Raises CALL_ERRORS."""
         remembered = self._remembered()
-        problem, result, decision = await self.solve(planner, facts, remembered)
+        problem, result, decision = await self.solve(planner, facts, remembered, urgent=True)
         return preview(problem, replace(result, placement=with_tiers(facts, result.placement)), decision, remembered)
 
     def _remembered(self) -> list[Remembered]:
@@ -285,17 +285,23 @@ class Planners:
         return self._memory.others(self._window.load(now), now)
 
     async def solve(
-        self, planner: str, facts: Facts, remembered: Sequence[Remembered], policy: Policy | None = None
+        self,
+        planner: str,
+        facts: Facts,
+        remembered: Sequence[Remembered],
+        policy: Policy | None = None,
+        *,
+        urgent: bool = False,
     ) -> tuple[PlacementProblem, PlanResult, Decision]:
         """Returns the problem as it is now, a plan for the workers in force, and whether it is worthwhile by `policy`.
 
-        Raises CALL_ERRORS.
+        urgent: somebody waits for the answer. Raises CALL_ERRORS.
         """
         now = time.monotonic()
         load = self._window.load(now)
         problem = await self._problem(facts, remembered, now)
         deadline_s = self._config.plan_deadline
-        work = self._fleet.solve(problem, planner, deadline_s, self._config.solver)
+        work = self._fleet.solve(problem, planner, deadline_s, self._config.solver, urgent=urgent)
         result = await within(work, liveness.plan_timeout_s(deadline_s))
         since_s = now - facts.epoch_since if facts.epoch > 1 else None
         return problem, result, judge(result, load=load, since_change_s=since_s, policy=policy)

@@ -389,5 +389,7 @@ class PlainFleet:
     def kill_worker(self, actor: Remote[Any], info: WorkerInfo | None) -> None:
         self.kill(actor)
 
-    async def solve(self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str) -> PlanResult:
+    async def solve(
+        self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str, *, urgent: bool = False
+    ) -> PlanResult:
         return plan(problem, planner=planner, deadline_s=deadline_s, solver=solver)

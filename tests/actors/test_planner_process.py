@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from elastic_moe.actors import planner_process
 from elastic_moe.actors.planner_process import TRIES, plan_apart
 from elastic_moe.cluster.errors import ConfigError, NotReadyError
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
@@ -29,14 +32,33 @@ def test_it_plans_what_plan_does() -> None:
     assert not psutil.Process().children()
 
 
+@pytest.mark.parametrize("urgent", [False, True])
+def test_it_starts_at_the_models_priority_only_where_somebody_waits(
+    urgent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(process: subprocess.Popen[bytes], _: Iterable[bytes | memoryview]) -> bytes:
+        # it waits for its question, and has done nothing yet
+        begun.append(psutil.Process(process.pid).nice())
+        process.terminate()
+        process.communicate()
+        return b""
+
+    begun: list[int] = []
+    monkeypatch.setattr(planner_process, "_ask", look)
+    with pytest.raises(NotReadyError):
+        asyncio.run(plan_apart(PROBLEM, planner="greedy", deadline_s=5.0, solver="highs", urgent=urgent))
+    assert begun == TRIES * [psutil.Process().nice() if urgent else 10]
+
+
 def test_errors_come_back() -> None:
     with pytest.raises(ConfigError, match="expected one of"):
         asyncio.run(plan_apart(PROBLEM, planner="astrology", deadline_s=5.0, solver="highs"))
 
 
-def test_it_gives_way_and_ends_with_the_call() -> None:
+@pytest.mark.parametrize("urgent", [False, True])
+def test_it_gives_way_and_ends_with_the_call(urgent: bool) -> None:
     async def give_up() -> tuple[int, str, psutil.Process]:
-        asked = asyncio.create_task(plan_apart(PROBLEM, planner="auto", deadline_s=60.0, solver="highs"))
+        asked = asyncio.create_task(plan_apart(PROBLEM, planner="auto", deadline_s=60.0, solver="highs", urgent=urgent))
         while not (children := psutil.Process().children()):
             await asyncio.sleep(0.001)
         async with asyncio.timeout(60):
