@@ -89,11 +89,15 @@ inline Register load_sum(const float* from) { return _mm512_loadu_ps(from); }
 inline void store_sum(float* to, Register value) { _mm512_storeu_ps(to, value); }
 
 using Integers = __m512i; // 32-bit integers, or pairs of 16-bit integers
-inline Integers no_integers() { return _mm512_setzero_si512(); }
+// 16 sums of 32 bits. GCC 12 keeps such sums of a loop in memory if they are __m512i, which is a vector of 64-bit integers.
+using IntegerSums = __v16si;
+inline IntegerSums no_integers() { return (IntegerSums)_mm512_setzero_si512(); }
 inline Integers all_integers(int32_t value) { return _mm512_set1_epi32(value); }
 inline Integers load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
-inline Integers dot(Integers so_far, Integers a, Integers b) { return _mm512_dpwssd_epi32(so_far, a, b); }
-inline int32_t sum(Integers a) { return _mm512_reduce_add_epi32(a); }
+inline IntegerSums dot(IntegerSums so_far, Integers a, Integers b) {
+    return (IntegerSums)_mm512_dpwssd_epi32((__m512i)so_far, a, b);
+}
+inline int32_t sum(IntegerSums a) { return _mm512_reduce_add_epi32((__m512i)a); }
 // The nearest integers, ties to even, of numbers that fit into 16 bits.
 inline void store_nearest(int16_t* to, Floats value, Lanes lanes) {
     _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(value)));
@@ -111,15 +115,16 @@ inline Integers at(Integers table, Integers where) {
 }
 inline Integers minus16(Integers a, Integers b) { return _mm512_sub_epi16(a, b); }
 inline Integers twice16(Integers a) { return _mm512_or_si512(a, _mm512_slli_epi32(a, 16)); }
-inline Integers less_product(Integers a, Integers b, Integers c) { return _mm512_sub_epi32(a, _mm512_mullo_epi32(b, c)); } // a - b * c
 inline Integers load_words(const uint16_t* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
 inline Integers shifted_right(Integers a, int by) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(by)); }
 inline Register load_bf16(const uint16_t* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_words(from), 16)); }
 inline Register load_f16(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+inline Register to_register(IntegerSums a) { return _mm512_cvtepi32_ps((__m512i)a); }
 inline Register to_register(Integers a) { return _mm512_cvtepi32_ps(a); }
 inline Register all_lanes(float value) { return _mm512_set1_ps(value); }
 inline Register times(Register a, Register b) { return _mm512_mul_ps(a, b); }
 inline Register times_plus(Register a, Register b, Register so_far) { return _mm512_fmadd_ps(a, b, so_far); } // a * b + so_far
+inline Register less_product(Register a, Register b, Register c) { return _mm512_fnmadd_ps(b, c, a); }         // a - b * c
 
 #else
 
@@ -260,11 +265,12 @@ inline Register load_sum(const float* from) { return _mm256_loadu_ps(from); }
 inline void store_sum(float* to, Register value) { _mm256_storeu_ps(to, value); }
 
 using Integers = __m256i;
-inline Integers no_integers() { return _mm256_setzero_si256(); }
+using IntegerSums = __m256i;
+inline IntegerSums no_integers() { return _mm256_setzero_si256(); }
 inline Integers all_integers(int32_t value) { return _mm256_set1_epi32(value); }
 inline Integers load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)); }
-inline Integers dot(Integers so_far, Integers a, Integers b) { return _mm256_add_epi32(so_far, _mm256_madd_epi16(a, b)); }
-inline int32_t sum(Integers a) {
+inline IntegerSums dot(IntegerSums so_far, Integers a, Integers b) { return _mm256_add_epi32(so_far, _mm256_madd_epi16(a, b)); }
+inline int32_t sum(IntegerSums a) {
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
     return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
@@ -288,7 +294,6 @@ inline Integers at(Integers table, Integers where) {
 }
 inline Integers minus16(Integers a, Integers b) { return _mm256_sub_epi16(a, b); }
 inline Integers twice16(Integers a) { return _mm256_or_si256(a, _mm256_slli_epi32(a, 16)); }
-inline Integers less_product(Integers a, Integers b, Integers c) { return _mm256_sub_epi32(a, _mm256_mullo_epi32(b, c)); }
 inline Integers load_words(const uint16_t* from) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)); }
 inline Integers shifted_right(Integers a, int by) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(by)); }
 inline Register load_bf16(const uint16_t* from) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_words(from), 16)); }
@@ -297,6 +302,7 @@ inline Register to_register(Integers a) { return _mm256_cvtepi32_ps(a); }
 inline Register all_lanes(float value) { return _mm256_set1_ps(value); }
 inline Register times(Register a, Register b) { return _mm256_mul_ps(a, b); }
 inline Register times_plus(Register a, Register b, Register so_far) { return _mm256_fmadd_ps(a, b, so_far); }
+inline Register less_product(Register a, Register b, Register c) { return _mm256_fnmadd_ps(b, c, a); }
 
 #endif
 

@@ -68,16 +68,11 @@ void multiply(const bf16* const* rows, int64_t first_pair, int64_t pairs, const 
     }
 }
 
-// Calls `run` with the number of rows as a compile-time constant. Counts above MOST, which is at most 6, become MOST.
+// Calls `run` with the number of rows as a compile-time constant. Counts above MOST become MOST.
 template <int MOST, class Run> void with_rows(int64_t count, Run run) {
-    switch (std::min<int64_t>(count, MOST)) {
-    case 1: return run(std::integral_constant<int, 1>{});
-    case 2: return run(std::integral_constant<int, 2>{});
-    case 3: return run(std::integral_constant<int, 3>{});
-    case 4: return run(std::integral_constant<int, 4>{});
-    case 5: return run(std::integral_constant<int, std::min(5, MOST)>{});
-    default: return run(std::integral_constant<int, MOST>{});
-    }
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_rows<MOST - 1>(count, run);
+    run(std::integral_constant<int, MOST>{});
 }
 
 template <int LINES>

@@ -25,7 +25,7 @@ constexpr int8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24,   // twice the val
 constexpr int kE2m1Zero = 12;
 
 inline int64_t groups4(int64_t depth) { return (depth + kFine - 1) / kFine; }
-inline int64_t block_bytes4(int64_t groups, bool table) {
+constexpr int64_t block_bytes4(int64_t groups, bool table) {
     return groups * (kCodes + kScales) + (table ? 0 : (groups * kZeros + 63) / 64 * 64);
 }
 inline int64_t panel_bytes4(int64_t depth, bool table) {
@@ -59,27 +59,38 @@ template <bool TABLE> inline Integers values4(Integers words, int i, Integers ta
     return TABLE ? at(table, codes) : codes;
 }
 
+// Registers of columns in a tile of R rows.
+template <int R> constexpr int kColumns4 = R > 3 || (R > 1 && kRegisters < 32) ? 2 : 4;
+
 // Multiplies R rows by a block of `groups` groups, as it lies in a panel. If `fetch`, prefetches from `ahead` on.
 template <int R, class Block, bool TABLE>
 void multiply4(const Row8* rows, int64_t number, int64_t groups, const Block& block, float* sums, bool fetch,
                const char* ahead) {
-    constexpr int C = kRegisters == 32 || R == 1 ? 4 : 2;
+    constexpr int C = kColumns4<R>;
+    // With few rows it takes fewer instructions to take zero points off the sums, and with many off the codes. Sums of the codes
+    // too are integers below 2^24, as are those of the rows times zero points: float32 holds all of them, and nothing is rounded.
+    constexpr bool kLate = R <= 3;
     const Integers table = load_table(kE2m1);
     const int32_t* a[R];
     for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r].values + number * kGroup);
     for (int64_t first = 0; first < kPanel; first += C * kLanes) {
         Register total[R][C];
         for (int64_t group = 0; group < groups; ++group) {
-            Integers acc[R][C];
+            IntegerSums acc[R][C];
             for (int r = 0; r < R; ++r)
                 for (int c = 0; c < C; ++c) acc[r][c] = no_integers();
+            Integers zeros[C];
+            for (int c = 0; c < C; ++c) zeros[c] = twice16(block.zero(group, first + c * kLanes));
             const char* from = block.codes + group * kCodes + first * 4;
             for (int64_t eight = 0; eight < kFine / 8; ++eight, from += kPanel * 4) {
                 if (fetch && first == 0) // a block takes 74 lines, which is less than 5 for each of these rounds
                     for (int line = 0; line < 5; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T0);
                 for (int i = 0; i < 4; ++i) {
                     Integers column[C];
-                    for (int c = 0; c < C; ++c) column[c] = values4<TABLE>(load_integers(from + c * kLanes * 4), i, table);
+                    for (int c = 0; c < C; ++c) {
+                        column[c] = values4<TABLE>(load_integers(from + c * kLanes * 4), i, table);
+                        if (!kLate) column[c] = minus16(column[c], zeros[c]);
+                    }
                     for (int r = 0; r < R; ++r) {
                         const Integers pair = all_integers(a[r][group * kFine / 2 + eight * 4 + i]);
                         for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, column[c]);
@@ -88,10 +99,10 @@ void multiply4(const Row8* rows, int64_t number, int64_t groups, const Block& bl
             }
             for (int c = 0; c < C; ++c) {
                 const Register scale = block.scale(group, first + c * kLanes);
-                const Integers zero = block.zero(group, first + c * kLanes);
+                const Register zero = to_register(block.zero(group, first + c * kLanes));
                 for (int r = 0; r < R; ++r) {
-                    const Integers shift = all_integers(rows[r].sums[number * kFines + group]);
-                    const Register sum = to_register(less_product(acc[r][c], zero, shift));
+                    Register sum = to_register(acc[r][c]);
+                    if (kLate) sum = less_product(sum, zero, all_lanes(float(rows[r].sums[number * kFines + group])));
                     total[r][c] = group == 0 ? times(sum, scale) : times_plus(sum, scale, total[r][c]);
                 }
             }
@@ -102,10 +113,19 @@ void multiply4(const Row8* rows, int64_t number, int64_t groups, const Block& bl
     }
 }
 
+// Rows up to which a block is not widened in memory. With AVX2, a tile has so few rows that it pays to widen once for many of
+// them. With AVX-512 that was measured to be slower for up to 64 rows, and no faster for more.
+constexpr int64_t kFewRows4 = kRegisters == 32 ? kChunk : 6;
+constexpr int64_t kRowsWide = 4; // rows of the register tile of multiply_wide
+
+// A block in 16 bits, with the scales of its groups.
+struct Wide {
+    alignas(64) int16_t values[kGroup / 2][kPanel][2]; // [pairs of K][columns]
+    alignas(64) float scales[kFines][kPanel];
+};
+
 template <class Block, bool TABLE> void widen4(const Block& block, int64_t groups, Wide& wide) {
     const Integers table = load_table(kE2m1);
-    wide.pairs = groups * kFine / 2;
-    wide.parts = groups;
     for (int64_t group = 0; group < groups; ++group)
         for (int64_t c = 0; c < kPanel; c += kLanes) {
             store_sum(wide.scales[group] + c, block.scale(group, c));
@@ -119,9 +139,66 @@ template <class Block, bool TABLE> void widen4(const Block& block, int64_t group
         }
 }
 
+// Multiplies R rows by a block in 16 bits.
+template <int R> void multiply_wide(const Row8* rows, int64_t number, int64_t groups, const Wide& wide, float* sums) {
+    constexpr int C = 2;
+    const int32_t* a[R];
+    for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r].values + number * kGroup);
+    for (int64_t first = 0; first < kPanel; first += C * kLanes) {
+        Register total[R][C];
+        for (int64_t group = 0; group < groups; ++group) {
+            IntegerSums acc[R][C];
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < C; ++c) acc[r][c] = no_integers();
+            const int16_t* from = wide.values[group * kFine / 2][first];
+            for (int64_t k = 0; k < kFine / 2; ++k, from += 2 * kPanel) {
+                Integers column[C];
+                for (int c = 0; c < C; ++c) column[c] = load_integers(from + c * 2 * kLanes);
+                for (int r = 0; r < R; ++r) {
+                    const Integers pair = all_integers(a[r][group * kFine / 2 + k]);
+                    for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, column[c]);
+                }
+            }
+            for (int c = 0; c < C; ++c) {
+                const Register scale = load_sum(wide.scales[group] + first + c * kLanes);
+                for (int r = 0; r < R; ++r) {
+                    const Register sum = to_register(acc[r][c]);
+                    total[r][c] = group == 0 ? times(sum, scale) : times_plus(sum, scale, total[r][c]);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c)
+                add_group(sums + r * kPanel + first + c * kLanes, total[r][c], rows[r].scales[number], number > 0);
+    }
+}
+
+// Does what multiply_chunk does, for many rows.
+template <bool TABLE, bool HALF>
+void multiply_chunk_wide(int64_t count, const Row8* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
+    using Block = Block4<TABLE, HALF>;
+    constexpr int64_t kBytes = block_bytes4(kFines, TABLE);
+    const int64_t tiles = (count + kRowsWide - 1) / kRowsWide;
+    Wide wide;
+    for (int64_t block = 0; block < groups(depth); ++block, panel += kBytes) {
+        const int64_t fines = std::min(kFines, groups4(depth) - block * kFines);
+        if (fetch)
+            for (int64_t line = 0; line < kBytes; line += 64) _mm_prefetch(panel + 2 * kBytes + line, _MM_HINT_T1);
+        widen4<Block, TABLE>(Block(panel, fines), fines, wide);
+        for (int64_t tile = 0, at = 0; tile < tiles; ++tile) {
+            const int64_t here = count / tiles + (tile < count % tiles);
+            with_rows<kRowsWide>(here, [&](auto number) {
+                multiply_wide<decltype(number)::value>(rows + at, block, fines, wide, sums + at * kPanel);
+            });
+            at += here;
+        }
+    }
+}
+
 #ifdef EMOE_TILES
 
-// As widen4, for the matrix unit. Values of codes are looked up: all that a code less a zero point can be, or those of E2M1.
+// Brings a block into the form that the matrix unit takes. Values of codes are looked up: all that a code less a zero point can
+// be, or those of E2M1.
 template <class Block, bool TABLE> void widen_floats4(const Block& block, int64_t groups, __m512i table, WideFloats& wide) {
     wide.parts = groups;
     for (int64_t group = 0; group < groups; ++group)
@@ -170,9 +247,6 @@ void multiply_chunk4_tiles(int64_t count, const Row8* rows, int64_t depth, const
 
 #endif
 
-constexpr int64_t kRows4 = 3;    // rows of the register tile of multiply4
-constexpr int64_t kFewRows4 = 6; // up to which a block is not widened in memory
-
 // Does what multiply_chunk does, for a panel in 4 bits.
 template <bool TABLE, bool HALF>
 void multiply_chunk4(int64_t count, const Row8* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
@@ -180,29 +254,18 @@ void multiply_chunk4(int64_t count, const Row8* rows, int64_t depth, const char*
 #ifdef EMOE_TILES
     if (rows[0].bytes != nullptr) return multiply_chunk4_tiles<TABLE, HALF>(count, rows, depth, panel, sums, fetch);
 #endif
-    Wide wide;
-    for (int64_t number = 0; number < groups(depth); ++number) {
-        const int64_t fines = std::min(kFines, groups4(depth) - number * kFines);
-        const Block block(panel, fines);
-        panel += block_bytes4(fines, TABLE);
-        const char* next = panel + block_bytes4(kFines, TABLE); // the block after the next
-        if (count > kFewRows4) {
-            if (fetch)
-                for (int64_t line = 0; line < block_bytes4(kFines, TABLE); line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
-            widen4<Block, TABLE>(block, fines, wide);
-            multiply_all_wide(count, rows, number, wide, sums);
-            continue;
+    constexpr int64_t kBytes = block_bytes4(kFines, TABLE);
+    if constexpr (kFewRows4 < kChunk)
+        if (count > kFewRows4) return multiply_chunk_wide<TABLE, HALF>(count, rows, depth, panel, sums, fetch);
+    for_tiles<kRows4>(count, depth, [&](int64_t tile, int64_t tiles, int64_t at, auto number, int64_t begin, int64_t end) {
+        const int64_t ahead = (tiles == 1 ? 2 : end - begin) * kBytes;
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t fines = std::min(kFines, groups4(depth) - block * kFines);
+            const char* from = panel + block * kBytes;
+            multiply4<decltype(number)::value, Block, TABLE>(rows + at, block, fines, Block(from, fines), sums + at * kPanel,
+                                                             fetch && tile == 0, from + ahead);
         }
-        const int64_t blocks = (count + kRows4 - 1) / kRows4;
-        for (int64_t part = 0, at = 0; part < blocks; ++part) {
-            const int64_t here = count / blocks + (part < count % blocks);
-            with_rows<kRows4>(here, [&](auto size) {
-                multiply4<decltype(size)::value, Block, TABLE>(rows + at, number, fines, block, sums + at * kPanel,
-                                                               fetch && part == 0, next);
-            });
-            at += here;
-        }
-    }
+    });
 }
 
 } // namespace emoe

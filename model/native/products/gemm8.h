@@ -10,18 +10,23 @@
 
 namespace emoe {
 
+constexpr int64_t kGroupBytes8 = (kGroup + sizeof(float)) * kPanel; // of a whole group
+
 inline int64_t panel_bytes8(int64_t depth) { return depth * kPanel + groups(depth) * kPanel * sizeof(float); }
 
-// Multiplies R rows by one group of `pairs` pairs, as it lies in a panel.
+// Registers of columns in a tile of R rows.
+template <int R> constexpr int kColumns8 = R > 6 ? 2 : kColumns<R>;
+
+// Multiplies R rows by one group of `pairs` pairs, as it lies in a panel. Prefetches LINES cache lines per pair from `ahead` on.
 template <int R, int LINES>
 void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums, const char* ahead) {
-    constexpr int C = kColumns<R>;
+    constexpr int C = kColumns8<R>;
     constexpr int kPasses = kPanel / (C * kLanes), kLines = (LINES + kPasses - 1) / kPasses;
     const int32_t* a[R];
     for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r].values + group * kGroup);
     const float* scales = (const float*)(weights + pairs * 2 * kPanel);
     for (int64_t first = 0; first < kPanel; first += C * kLanes) {
-        Integers acc[R][C];
+        IntegerSums acc[R][C];
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) acc[r][c] = no_integers();
         const int8_t* b = weights + first * 2;
@@ -45,30 +50,11 @@ void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* wei
     }
 }
 
-constexpr int64_t kRows8 = 6;     // rows of the register tile of multiply8
-constexpr int64_t kFewRows8 = 12; // up to which a group is not widened in memory
-constexpr int64_t kAhead8 = 2 * (kGroup + sizeof(float)) * kPanel; // bytes that prefetching is ahead: two groups
-
-template <int LINES>
-void multiply_some8(int64_t count, const Row8* rows, int64_t group, int64_t pairs, const int8_t* weights, float* sums,
-                    const char* ahead) {
-    with_rows<kRows8>(count, [&](auto number) {
-        multiply8<decltype(number)::value, LINES>(rows, group, pairs, weights, sums, ahead);
-    });
-}
-
-inline void widen8(const int8_t* weights, int64_t pairs, Wide& wide) {
-    wide.pairs = pairs;
-    wide.parts = 1;
-    for (int64_t k = 0; k < pairs; ++k)
-        for (int64_t c = 0; c < kPanel; c += kLanes)
-            store_integers(wide.values[k][c], load_bytes(weights + (k * kPanel + c) * 2));
-    std::memcpy(wide.scales[0], weights + pairs * 2 * kPanel, kPanel * sizeof(float));
-}
+constexpr int64_t kAhead8 = 2 * kGroupBytes8; // bytes that prefetching in a single pass over a panel is ahead: two groups
 
 #ifdef EMOE_TILES
 
-// As widen8, for the matrix unit.
+// Brings a group into the form that the matrix unit takes.
 inline void widen_bytes8(const int8_t* weights, int64_t pairs, WideBytes& wide) {
     alignas(64) uint8_t order[64];
     for (int i = 0; i < 64; ++i) order[i] = i / 4 * 2 + i % 4 / 2 + i % 2 * 64;
@@ -109,28 +95,20 @@ inline void multiply_chunk8(int64_t count, const Row8* rows, int64_t depth, cons
 #ifdef EMOE_TILES
     if (rows[0].bytes != nullptr) return multiply_chunk8_tiles(count, rows, depth, panel, sums, fetch);
 #endif
-    const int64_t blocks = (count + kRows8 - 1) / kRows8;
-    Wide wide;
-    for (int64_t group = 0; group < groups(depth); ++group) {
-        const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
-        const char* next = (const char*)panel + kAhead8;
-        if (count > kFewRows8) {
-            if (fetch)
-                for (int64_t line = 0; line < pairs * 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T1);
-            widen8(panel, pairs, wide);
-            multiply_all_wide(count, rows, group, wide, sums);
+    for_tiles<kRows8>(count, depth, [&](int64_t tile, int64_t tiles, int64_t at, auto number, int64_t begin, int64_t end) {
+        constexpr int R = decltype(number)::value;
+        float* to = sums + at * kPanel;
+        // This loop stands here, and not in multiply8: GCC 12 took such a function for one without effects, and left out the call.
+        for (int64_t group = begin; group < end; ++group) {
+            const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
+            const int8_t* weights = panel + group * kGroupBytes8;
+            // one pair of K takes two cache lines; of two tiles and more, two fetch what comes after these groups
+            const char* ahead = (const char*)weights + (tiles == 1 ? kAhead8 : (end - begin) * kGroupBytes8 + tile * pairs * 64);
+            if (fetch && tiles == 1) multiply8<R, 2>(rows, group, pairs, weights, to, ahead);
+            else if (fetch && tile < 2) multiply8<R, 1>(rows + at, group, pairs, weights, to, ahead);
+            else multiply8<R, 0>(rows + at, group, pairs, weights, to, ahead);
         }
-        for (int64_t block = 0, at = 0; count <= kFewRows8 && block < blocks; ++block) {
-            const int64_t here = count / blocks + (block < count % blocks);
-            float* to = sums + at * kPanel;
-            // one pair of K takes two cache lines
-            if (fetch && blocks == 1) multiply_some8<2>(here, rows, group, pairs, panel, to, next);
-            else if (fetch && block < 2) multiply_some8<1>(here, rows + at, group, pairs, panel, to, next + block * pairs * 64);
-            else multiply_some8<0>(here, rows + at, group, pairs, panel, to, next);
-            at += here;
-        }
-        panel += pairs * 2 * kPanel + kPanel * sizeof(float);
-    }
+    });
 }
 
 } // namespace emoe

@@ -2,8 +2,7 @@
 //
 // Rows are rounded to 16 bits in groups of 128 steps of K, each with a float32 scale. Sums within a group of a panel are
 // exact. The groups' sums are added in ascending order, so a row's result does not depend on the other rows of the call.
-// For many rows, a group is widened to 16 bits once, and all rows are multiplied with it: the sums are the same, since they
-// are exact. The matrix unit (tiles8.h) computes the same sums too.
+// The matrix unit (tiles8.h) computes the same sums.
 #pragma once
 
 #include "products/gemm.h"
@@ -68,19 +67,12 @@ struct Rows8 {
         }
         std::fill(to + depth, to + stride, int16_t(0));
         for (int64_t g = 0; g < stride / kFine; ++g) {
-            Integers total = no_integers();
+            IntegerSums total = no_integers();
             for (int64_t k = 0; k < kFine; k += 2 * kLanes)
                 total = dot(total, load_integers(to + g * kFine + k), all_integers(0x10001));
             sums[row * (stride / kFine) + g] = sum(total);
         }
     }
-};
-
-// One group of a panel in 16 bits, with the scales of its parts.
-struct Wide {
-    alignas(64) int16_t values[kGroup / 2][kPanel][2]; // [pairs of K][columns]
-    alignas(64) float scales[kGroup / kFine][kPanel];
-    int64_t pairs, parts; // of K in the group; parts with scales of their own, all but the last of equal size
 };
 
 // Adds a group's products to `sums` [R][64] if `more` is true; else they replace it. `total` is the sum of the products of
@@ -90,50 +82,25 @@ inline void add_group(float* to, Register total, float scale, bool more) {
     store_sum(to, more ? times_plus(total, scales, load_sum(to)) : times(total, scales));
 }
 
-// Multiplies R rows by a group in 16 bits.
-template <int R> void multiply_wide(const Row8* rows, int64_t group, const Wide& wide, float* sums) {
-    constexpr int C = kRegisters == 32 ? 2 : R <= 3 ? 2 : 1; // registers of columns: there are two sums for each
-    const int32_t* a[R];
-    for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r].values + group * kGroup);
-    const int64_t step = wide.parts == 1 ? wide.pairs : kFine / 2;
-    for (int64_t first = 0; first < kPanel; first += C * kLanes) {
-        Register total[R][C];
-        for (int64_t part = 0; part < wide.parts; ++part) {
-            Integers acc[R][C];
-            for (int r = 0; r < R; ++r)
-                for (int c = 0; c < C; ++c) acc[r][c] = no_integers();
-            for (int64_t k = part * step; k < (part + 1) * step; ++k) {
-                Integers column[C];
-                for (int c = 0; c < C; ++c) column[c] = load_integers(wide.values[k][first + c * kLanes]);
-                for (int r = 0; r < R; ++r) {
-                    const Integers pair = all_integers(a[r][k]);
-                    for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, column[c]);
-                }
-            }
-            for (int c = 0; c < C; ++c) {
-                const Register scale = load_sum(wide.scales[part] + first + c * kLanes);
-                for (int r = 0; r < R; ++r) {
-                    const Register sum = to_register(acc[r][c]);
-                    total[r][c] = part == 0 ? times(sum, scale) : times_plus(sum, scale, total[r][c]);
-                }
-            }
+// Rows of the register tiles of multiply8 and multiply4. Weights are widened anew for each tile, which takes one to four
+// instructions for a register of columns, so tiles have many rows and few columns.
+constexpr int64_t kRows8 = kRegisters == 32 ? 8 : 4;
+constexpr int64_t kRows4 = kRegisters == 32 ? 8 : 3;
+
+// Groups of a panel that one tile of rows after the other is multiplied with. They are 270 KB in 8 bits, which L2 holds.
+constexpr int64_t kGroupsTogether = 32;
+
+// Calls run(tile, number of tiles, first row, rows as a compile-time constant, first group, end of groups) for each tile of up to
+// MOST rows, for some groups after the other. Tiles have about equal sizes.
+template <int64_t MOST, class Run> void for_tiles(int64_t count, int64_t depth, Run run) {
+    const int64_t tiles = (count + MOST - 1) / MOST;
+    for (int64_t begin = 0; begin < groups(depth); begin += kGroupsTogether) {
+        const int64_t end = std::min(groups(depth), begin + kGroupsTogether);
+        for (int64_t tile = 0, at = 0; tile < tiles; ++tile) {
+            const int64_t here = count / tiles + (tile < count % tiles);
+            with_rows<MOST>(here, [&](auto rows) { run(tile, tiles, at, rows, begin, end); });
+            at += here;
         }
-        for (int r = 0; r < R; ++r)
-            for (int c = 0; c < C; ++c)
-                add_group(sums + r * kPanel + first + c * kLanes, total[r][c], rows[r].scales[group], group > 0);
-    }
-}
-
-constexpr int64_t kRowsWide = kRegisters == 32 ? 6 : 3; // rows of the register tile of multiply_wide
-
-inline void multiply_all_wide(int64_t count, const Row8* rows, int64_t group, const Wide& wide, float* sums) {
-    const int64_t blocks = (count + kRowsWide - 1) / kRowsWide;
-    for (int64_t block = 0, at = 0; block < blocks; ++block) {
-        const int64_t here = count / blocks + (block < count % blocks);
-        with_rows<kRowsWide>(here, [&](auto number) {
-            multiply_wide<decltype(number)::value>(rows + at, group, wide, sums + at * kPanel);
-        });
-        at += here;
     }
 }
 

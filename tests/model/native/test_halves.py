@@ -113,6 +113,18 @@ def test_experts_have_the_same_bits_with_avx2(lib: ctypes.CDLL, avx2: ctypes.CDL
     assert near(*outputs) if form in FLOATS else torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("form", [form for form in ExpertForm if form not in FLOATS])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9, 17])
+def test_few_and_many_rows_have_the_same_bits_with_avx2(
+    lib: ctypes.CDLL, avx2: ctypes.CDLL, form: ExpertForm, count: int
+) -> None:
+    one, other = experts(lib, form), NativeExperts(avx2, module(None, 3), GATES["silu"], form)
+    other.put(0, one.get(0))
+    x = draw(1, count, 296)
+    index, weight = torch.zeros(count, 1, dtype=torch.long), torch.ones(count, 1)
+    assert torch.equal(*(half.forward(x, index, weight) for half in (one, other)))
+
+
 @pytest.mark.parametrize("form", ExpertForm)
 def test_experts_have_the_same_bits_without_the_matrix_unit(
     lib: ctypes.CDLL, both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]], form: ExpertForm

@@ -9,8 +9,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.int8 import GROUP, quantize
-from elastic_moe.model.native.linear import Packed, PackedHeads, can_pack, linear, pack, pack8, rows, unpack
+from elastic_moe.model.native.linear import (
+    Packed,
+    PackedHeads,
+    can_pack,
+    linear,
+    pack,
+    pack4,
+    pack8,
+    round4,
+    rows,
+    unpack,
+)
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 150).map(lambda half: 2 * half))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -80,6 +92,32 @@ def test_a_row_does_not_depend_on_its_company(
     together = linear(x, packed, None)
     some = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=9))
     assert torch.equal(linear(x[some], packed, None), together[some])
+
+
+FORMS = [form for form in ExpertForm if form is not ExpertForm.PLAIN]
+
+
+def in_narrow_form(lib: ctypes.CDLL, form: ExpertForm, weight: torch.Tensor) -> Packed:
+    if form is ExpertForm.INT8:
+        return narrow(lib, weight)[0]
+    if form is ExpertForm.FP8:
+        scales = torch.rand(len(weight), -(-weight.shape[1] // GROUP))
+        return pack8(lib, weight.to(torch.float8_e4m3fn).view(torch.int8), scales, form)
+    codes, scales, zeros = round4(lib, weight)
+    if form is ExpertForm.INT4_HALF:
+        scales = scales.half()
+    return pack4(lib, codes, scales, None if form is ExpertForm.MXFP4 else zeros, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_number_of_rows_has_the_bits_of_single_rows(lib: ctypes.CDLL, form: ExpertForm) -> None:
+    """Each number of rows up to two tiles and more is code of its own. The depth is more than one piece of a panel."""
+    x, packed = draw(1, 30, 4096 + 300), in_narrow_form(lib, form, draw(2, 70, 4096 + 300))
+    alone = torch.cat([linear(x[i : i + 1], packed, None) for i in range(len(x))])
+    for count in range(2, len(x) + 1):
+        assert torch.equal(linear(x[:count], packed, None), alone[:count]), count
+    many = x.repeat(4, 1)
+    assert torch.equal(linear(many, packed, None), alone.repeat(4, 1))
 
 
 def test_deep_matrices_are_taken_in_pieces(lib: ctypes.CDLL) -> None:
