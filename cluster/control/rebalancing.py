@@ -174,6 +174,8 @@ class Rebalancing:
         self._operations = operations
         self._counters = counters
         self.planning: Planning | None = None
+        self._later: Planning | None = None
+        """What is taken up after the change under way."""
         self.pinned = False
         """Whether periodic re-placement must not change the placement."""
         self._pins: str | None = None
@@ -301,11 +303,24 @@ class Rebalancing:
             if change.operation_id == self._pins:
                 self.pinned, self._pins = True, None
 
+    def put_off(self, reason: str) -> None:
+        """Have a planner that a user asked for asked again after the change that now begins. What nobody asked for, and
+        a given placement, which is for other members, have failed."""
+        planning, asked = self.planning, self._asked
+        mine = planning is not None and asked is not None and asked.operation_id == planning.operation_id
+        if planning is None or not mine or asked is None or not isinstance(asked.event, RebalanceRequested):
+            self.cancel(reason)
+            return
+        # the answer under way is for the members that there were
+        again = self._planning(asked.operation_id, asked.event.planner, planning.since, requested=True)
+        self.planning, self._later = None, replace(again, interrupted=True)
+
     def cancel(self, reason: str) -> None:
         """Fail the operation of the planner at work, or of what was to be taken up. A late answer will be ignored."""
-        if self.planning is not None:
-            self._fail(self.planning.operation_id, reason)
-            self.planning = None
+        for planning in (self.planning, self._later):
+            if planning is not None:
+                self._fail(planning.operation_id, reason)
+        self.planning = self._later = None
 
     # --- A restarted coordinator ------------------------------------------------------------------------------------
 
@@ -319,6 +334,9 @@ class Rebalancing:
         self._settling = ()
         if self._look_at is not None:
             self._look_at = now + self._interval_s
+        if self._later is not None:
+            # it waits for a change that is begun again
+            return False
         under_way = change if self.planning is None else self.planning
         asked = self._asked
         if under_way is None or asked is None or asked.operation_id != under_way.operation_id:
@@ -336,8 +354,12 @@ class Rebalancing:
     def take_up(self, facts: Facts, now: float) -> tuple[list[Command], tuple[Operation, Placement] | None]:
         """Begin again what was asked for before the coordinator was restarted, once the cluster serves. Returns what to
         do, and the change to begin."""
+        if facts.probing or not facts.serves or (facts.change is not None and not facts.change.yields):
+            return [], None
+        if self.planning is None:
+            self.planning, self._later = self._later, None
         planning = self.planning
-        if planning is None or not planning.interrupted or facts.probing or not facts.serves:
+        if planning is None or not planning.interrupted:
             return [], None
         assert self._asked is not None
         asked = self._asked.event

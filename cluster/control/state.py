@@ -144,6 +144,9 @@ class ControlState:
         if isinstance(event, RoutingCounted):
             return commands
         commands += self._take_over(now)
+        # before the members change: a placement that was asked for is one of those that there were
+        again, change = self._owners.rebalancing.take_up(self.facts, now)
+        commands += again + self._transitions.begin(change, now)
         commands += self._transitions.go_on(now)
         commands += self._upkeep.reconcile(now)
         commands += self._upkeep.promote(now)
@@ -241,11 +244,9 @@ class ControlState:
         if self._owners.epochs.is_stable(now):
             self._owners.epochs.forgive(now)
             self._owners.membership.forgive()
-        commands, change = self._owners.rebalancing.take_up(self.facts, now)
-        commands += self._transitions.begin(change, now)
-        commands += self._owners.undoing.tick(self.facts, now)
+        commands = self._owners.undoing.tick(self.facts, now)
         # a look at the whole placement waits until it is known whether the last change is undone
-        return commands if self._owners.undoing.weighing else commands + self._owners.rebalancing.tick(self.facts, now)
+        return commands if self._owners.undoing.weighing else self._owners.rebalancing.tick(self.facts, now)
 
     # --- A redeploy ---------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class Upkeep:
         self.starts, self.members = starts.reason, members.reason
         if not members.value:
             return commands
-        self._owners.rebalancing.cancel("the membership changes")
+        self._owners.rebalancing.put_off("the membership changes")
         wish = reconcile.wish(facts, members.value)
         operation = self._owners.operations.find_open(wish.value)
         if operation is None:

@@ -134,7 +134,8 @@ class Planning:
     forced: bool
     """Whether a user named the planner: then its plan is carried out, even if no gain is predicted."""
     interrupted: bool = False
-    """Whether the coordinator was restarted meanwhile. The re-placement is then taken up again from its beginning."""
+    """Whether the coordinator was restarted, or the members have changed, meanwhile. It is then taken up again from its
+    beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -127,11 +127,19 @@ def _new_file(config: ServeConfig, environ: Mapping[str, str]) -> Path:
         directory = log_directory(environ.get("XDG_STATE_HOME"), Path(tempfile.gettempdir()) / f"emoe-{os.getuid()}")
     except OSError as error:
         raise EmoeError(f"{error}; name a file with --log-file") from None
-    old = sorted(directory.glob("serve-*.log"), key=lambda file: file.stat().st_mtime)
+    old = sorted(directory.glob("serve-*.log"), key=_changed_at)
     for file in old[: max(0, len(old) - KEPT_FILES + 1)]:
         for part in (file, _aside(file)):
             part.unlink(missing_ok=True)
     return directory / f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{config.port}-{os.getpid()}.log"
+
+
+def _changed_at(file: Path) -> float:
+    """When a file was changed; 0 if another server, which starts too, has deleted it meanwhile."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _aside(file: Path) -> Path:

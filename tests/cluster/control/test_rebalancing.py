@@ -13,9 +13,11 @@ from elastic_moe.cluster.facts.events import (
     RebalanceRequested,
     ScaleRequested,
     Solve,
+    StartWorker,
     SubjectChanged,
     Tick,
     Unpin,
+    WorkerLost,
 )
 from elastic_moe.cluster.facts.facts import Choice, Planning, Stage
 from elastic_moe.cluster.facts.membership import needs
@@ -330,6 +332,35 @@ def test_a_re_placement_that_ends_each_coordinator_is_given_up() -> None:
         assert newest(sim).phase is Phase.PREPARING
     sim.restart_coordinator(flipped=0.0)
     assert (newest(sim).phase, newest(sim).error) == (Phase.FAILED, "the coordinator was restarted for the 4th time")
+
+
+@pytest.mark.parametrize("asked", ["a planner", "a placement"])
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_what_was_asked_for_outlives_a_worker_that_joins(asked: str, restarts: int) -> None:
+    """It came in between, and what was accepted failed."""
+    sim = serving(3)
+    sim.kill(W1)
+    sim.feed(WorkerLost(worker=W1, reason="died"))
+    while not sim.facts.serves:
+        sim.finish(next(n for n, command in enumerate(sim.todo) if not isinstance(command, StartWorker)))
+    sim.now += 10
+    sim.feed(Tick())
+    assert any(isinstance(command, StartWorker) for command in sim.todo)
+    assert sim.facts.spec is not None
+    if asked == "a planner":
+        sim.feed(RebalanceRequested(planner="auto"))
+    else:
+        sim.feed(PlaceRequested(placement=shuffled(sim.facts.spec.placement, sim.rng)))
+    asked_for = newest(sim).operation_id
+    for _ in range(restarts):
+        sim.restart_coordinator(flipped=0.0)
+    # the new worker is ready before anything else
+    sim.todo.sort(key=lambda command: not isinstance(command, StartWorker))
+    sim.settle()
+    operation = sim.state.operations.get(asked_for)
+    assert operation is not None
+    assert operation.phase is Phase.COMPLETED, operation.error
+    assert len(sim.facts.ranks) == 3
 
 
 @pytest.mark.parametrize("asked", ["a planner", "a placement"])

@@ -91,6 +91,8 @@ def test_the_end_of_processes_is_not_shown(tmp_path: Path, capsys: pytest.Captur
 def test_a_file_for_each_server(tmp_path: Path) -> None:
     directory = tmp_path / "elastic-moe"
     directory.mkdir()
+    # another server deletes a file after this one has listed it
+    (directory / "serve-gone.log").symlink_to("nowhere")
     for number in range(KEPT_FILES + 3):
         old = directory / f"serve-{number}.log"
         old.touch()
