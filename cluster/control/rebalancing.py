@@ -307,8 +307,10 @@ class Rebalancing:
         """Have a planner that a user asked for asked again after the change that now begins. What nobody asked for, and
         a given placement, which is for other members, have failed."""
         planning, asked = self.planning, self._asked
-        mine = planning is not None and asked is not None and asked.operation_id == planning.operation_id
-        if planning is None or not mine or asked is None or not isinstance(asked.event, RebalanceRequested):
+        if planning is None:
+            return
+        mine = asked is not None and asked.operation_id == planning.operation_id
+        if asked is None or not mine or not isinstance(asked.event, RebalanceRequested):
             self.cancel(reason)
             return
         # the answer under way is for the members that there were
@@ -336,6 +338,7 @@ class Rebalancing:
             self._look_at = now + self._interval_s
         if self._later is not None:
             # it waits for a change that is begun again
+            self._later = replace(self._later, since=now)
             return False
         under_way = change if self.planning is None else self.planning
         asked = self._asked
