@@ -407,8 +407,8 @@ class ServeConfig:
         for key, value in data.items():
             name = key.replace("-", "_") if isinstance(key, str) else ""
             if name not in known:
-                known_keys = meant(name, sorted(known)) or f"; known keys: {', '.join(sorted(known))}"
-                raise ConfigError(f"{source}: unknown key {reprlib.repr(key)}{known_keys}")
+                hint = meant(name, sorted(known)) or f"; known keys: {', '.join(sorted(known))}"
+                raise ConfigError(f"{source}: unknown key {reprlib.repr(key)}{hint}")
             if name in values:
                 raise ConfigError(f"{source}: {key!r} is given twice")
             values[name] = value

@@ -215,10 +215,7 @@ class Poller:
     async def refresh_counts(self, facts: Facts, older_s: float = 0.0) -> None:
         """Have every node's counts in the window now, if the last ones are `older_s` old; those that do not come within
         POLL_S are left out."""
-        nodes, now = self._nodes(facts), time.monotonic()
-        due = [node for node in nodes if now - self._reported_at.get(node, 0.0) >= older_s]
-        self._reported_at |= dict.fromkeys(due, now)
-        reports = [self._fetch_report(node, nodes[node], 0.0) for node in due]
+        reports = [self._fetch_report(node, actors, 0.0) for node, actors in self._due(facts, older_s).items()]
         with contextlib.suppress(TimeoutError):
             await within(asyncio.gather(*reports), liveness.POLL_S)
 
@@ -246,21 +243,21 @@ class Poller:
 
     def _look_at_nodes(self, facts: Facts) -> None:
         """Ask each node for its workers' report where it is due."""
-        nodes = self._nodes(facts)
-        now, every_s = time.monotonic(), min(self._window.window_s / COUNTS_PER_WINDOW, COUNTS_S)
-        due = [node for node in nodes if now - self._reported_at.get(node, 0.0) >= every_s]
-        self._reported_at = {node: now if node in due else self._reported_at[node] for node in nodes}
-        for number, node in enumerate(due):
-            self._spawn(self._fetch_report(node, nodes[node], number * APART_S))
+        every_s = min(self._window.window_s / COUNTS_PER_WINDOW, COUNTS_S)
+        for number, (node, actors) in enumerate(self._due(facts, every_s).items()):
+            self._spawn(self._fetch_report(node, actors, number * APART_S))
 
-    def _nodes(self, facts: Facts) -> dict[str, list[Remote[WorkerActor]]]:
-        """The loaded workers of each node."""
+    def _due(self, facts: Facts, older_s: float) -> dict[str, list[Remote[WorkerActor]]]:
+        """The loaded workers of each node whose report is `older_s` old. They count as asked now."""
         nodes: dict[str, list[Remote[WorkerActor]]] = {}
         for record in facts.loaded:
             actor = self._processes.workers.get(record.id)
             if actor is not None and record.info is not None:
                 nodes.setdefault(record.info.node, []).append(actor)
-        return nodes
+        now = time.monotonic()
+        due = {node: actors for node, actors in nodes.items() if now - self._reported_at.get(node, 0.0) >= older_s}
+        self._reported_at = {node: now if node in due else self._reported_at[node] for node in nodes}
+        return due
 
     async def _fetch_report(self, node: str, actors: Sequence[Remote[WorkerActor]], delay_s: float) -> None:
         try:

@@ -180,8 +180,8 @@ int run_block(const Block& b, const BlockStep& step, Exchange* exchange, int thr
 using namespace emoe;
 
 // x [T, H] is the layer's input. `sum` [T, H] becomes x plus the output of attention, and `normed` [T, H] becomes `sum`
-// after the norm of the feed-forward half, if there is one. cosines and sines are [T, rotated]: so many numbers of each head, the first ones,
-// are rotated. Other arguments are as in emoe_attention.
+// after the norm of the feed-forward half, if there is one. cosines and sines are [T, rotated]: so many numbers of each head,
+// the first ones, are rotated. Other arguments are as in emoe_attention.
 extern "C" void emoe_block(const Block* block, const bf16* x, int64_t tokens, const bf16* cosines, const bf16* sines,
                            int64_t rotated, bf16* keys, bf16* values, int64_t block_size, const void* sequences,
                            int64_t num_sequences, const int32_t* tables, int64_t window, bf16* sum, bf16* normed, int threads) {

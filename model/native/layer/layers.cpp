@@ -47,8 +47,9 @@ struct FeedForward {
 };
 
 // A feed-forward half of two parts, each between two norms: the expert that all tokens share, whose rows have been normalised
-// before, and the others. The sum of the parts is normalised and added to x, and the result is multiplied by `factor`. The router has rows of its own: normalised
-// ones, multiplied by `columns` [hidden] and then by `router_factor`. Scores are multiplied by `scales` [num_experts].
+// before, and the others. The sum of the parts is normalised and added to x, and the result is multiplied by `factor`. The
+// router has rows of its own: normalised ones, multiplied by `columns` [hidden] and then by `router_factor`. Scores are
+// multiplied by `scales` [num_experts].
 struct TwoParts {
     FeedForward half;
     Norm router_norm, behind_shared, before_experts, behind_experts, behind;
@@ -207,11 +208,12 @@ extern "C" int emoe_feed_forward(const FeedForward* half, const Experts* experts
 }
 
 // Computes a feed-forward half of two parts: out [T, hidden] of x [T, hidden], and of `normed` [T, hidden], the rows of
-// the part that all tokens share. `index` and `scores` [T, top_k] get the choices, `rows` [T, hidden] what the experts are given, and `made` [T, hidden] what they make of it.
-// `experts` is null in a trial: then `made` has been made before. Returns a Status.
+// the part that all tokens share. `index` and `scores` [T, top_k] get the choices, `rows` [T, hidden] what the experts are
+// given, and `made` [T, hidden] what they make of it. `experts` is null in a trial: then `made` has been made before.
+// Returns a Status.
 extern "C" int emoe_two_parts(const TwoParts* parts, const Experts* experts, Exchange* exchange, const bf16* x,
-                              const bf16* normed, int64_t tokens, int64_t* index, float* scores, bf16* rows, bf16* made, bf16* out, int trunk_threads,
-                              int expert_threads) {
+                              const bf16* normed, int64_t tokens, int64_t* index, float* scores, bf16* rows, bf16* made,
+                              bf16* out, int trunk_threads, int expert_threads) {
     const FeedForward& f = parts->half;
     const int64_t hidden = f.hidden;
     const bool shared = trunk_threads > 1 && tokens >= 16;
