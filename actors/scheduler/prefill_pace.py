@@ -11,7 +11,7 @@ SHARE = 0.75
 """Most time that prompts may add to a step if few requests wait, as a share of the step's time without prompts."""
 MOST_SHARE = 3.0
 """The part that they may take at most, however many wait."""
-ROOM_S = 0.04
+ROOM_S = 0.025
 """Seconds that prompts may always take in a step: readers of a stream do not notice them."""
 FEWEST_TOKENS = 16
 """Prompt tokens that may always run, so that each step brings a prompt forward."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -57,7 +57,7 @@ def test_errors_come_back() -> None:
 
 @pytest.mark.parametrize("urgent", [False, True])
 def test_it_gives_way_and_ends_with_the_call(urgent: bool) -> None:
-    async def give_up() -> tuple[int, str, psutil.Process]:
+    async def give_up() -> tuple[int, int, int, psutil.Process]:
         asked = asyncio.create_task(plan_apart(PROBLEM, planner="auto", deadline_s=60.0, solver="highs", urgent=urgent))
         while not (children := psutil.Process().children()):
             await asyncio.sleep(0.001)
@@ -65,17 +65,19 @@ def test_it_gives_way_and_ends_with_the_call(urgent: bool) -> None:
             while children[0].nice() == psutil.Process().nice():
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
-        nice, group = children[0].nice(), Path(f"/proc/{children[0].pid}/autogroup")
-        grouped = group.read_text() if group.exists() else ""
+        child = children[0]
+        nice, session, group = child.nice(), os.getsid(child.pid), os.getpgid(child.pid)
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asked
-        return nice, grouped, children[0]
+        return nice, session, group, child
 
-    nice, grouped, child = asyncio.run(give_up())
+    nice, session, group, child = asyncio.run(give_up())
     assert nice == 10
-    # else it would get as much of the cores as all workers together where Linux groups sessions
-    assert not grouped or grouped.split()[-1] == "10"
+    # in another session it would get as much of the cores as all workers together where Linux groups sessions
+    assert session == os.getsid(0)
+    # in the same group Ctrl-C would end it before the server has
+    assert group == child.pid
     psutil.wait_procs([child], timeout=30)
     assert not child.is_running()
 
