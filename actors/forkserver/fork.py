@@ -7,7 +7,7 @@ import runpy
 import socket
 import sys
 
-import numpy as np
+from numpy import random
 
 from elastic_moe.actors.forkserver.origin import note_fork
 from elastic_moe.actors.forkserver.request import (
@@ -20,6 +20,8 @@ from elastic_moe.actors.forkserver.request import (
     send,
 )
 
+_OF_SHELLS = ("_", "OLDPWD", "PWD", "SHLVL")
+"""Variables that a shell sets for itself."""
 REQUEST_S = 10.0
 """Seconds that a launcher has for its request and for its word to go."""
 
@@ -62,7 +64,8 @@ def agree(
 
 
 def _refusal(request: Request, surroundings: dict[str, str], environment: dict[str, str]) -> str:
-    if names := differences(environment, request.environment):
+    names = [name for name in differences(environment, request.environment) if name not in _OF_SHELLS]
+    if names:
         # libraries have read it while they were imported
         return f"the fork server's environment differs in {', '.join(names)}"
     if names := differences(surroundings, request.surroundings):
@@ -84,4 +87,4 @@ def take_over(request: Request, descriptors: list[int]) -> None:
     sys.orig_argv[:] = [sys.executable, *request.arguments]
     sys.path[:] = [os.path.dirname(request.arguments[0]), *request.search_path]
     # Python's own generator has a new seed after a fork, numpy's has not
-    np.random.seed()
+    random.seed()
