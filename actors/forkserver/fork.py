@@ -15,6 +15,7 @@ from elastic_moe.actors.forkserver.request import (
     Answer,
     Request,
     differences,
+    name_process,
     receive,
     receive_request,
     send,
@@ -83,6 +84,7 @@ def take_over(request: Request, descriptors: list[int]) -> None:
     os.umask(request.umask)
     os.environ.clear()
     os.environ.update(request.environment)
+    name_process(os.path.basename(sys.executable))
     sys.argv[:] = request.arguments
     sys.orig_argv[:] = [sys.executable, *request.arguments]
     sys.path[:] = [os.path.dirname(request.arguments[0]), *request.search_path]

@@ -9,6 +9,7 @@ Only the standard library is imported here: a launcher should start fast.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -69,6 +70,12 @@ def surroundings() -> dict[str, str]:
 def differences(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
     """The names that only one has, or whose values differ."""
     return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+
+
+def name_process(name: str) -> None:
+    """What `ps` and `top` call this process: at most 15 characters."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write(name)
 
 
 def _text_of(name: str) -> str:

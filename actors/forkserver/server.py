@@ -16,9 +16,11 @@ import sys
 import time
 
 from elastic_moe.actors.forkserver.imports import import_model
-from elastic_moe.actors.forkserver.request import peer_of, surroundings
+from elastic_moe.actors.forkserver.request import name_process, peer_of, surroundings
 from elastic_moe.cluster.interpreter import no_collection
 
+NAME = "emoe-forkserver"
+"""Of the process, for those who list processes."""
 IDLE_S = 60.0
 POLL_S = 5.0
 
@@ -33,6 +35,7 @@ def main() -> None:
     # a worker's process group ends with the worker
     os.setpgid(0, 0)
     os.chdir("/")
+    name_process(NAME)
     ours, environment = surroundings(), dict(os.environ)
     if reason := _import_model():
         sys.stderr.write(f"workers are not forked: {reason}\n")

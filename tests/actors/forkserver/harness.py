@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 from elastic_moe.actors.forkserver import launcher
-from elastic_moe.actors.forkserver.request import surroundings
-from elastic_moe.actors.forkserver.server import Server
+from elastic_moe.actors.forkserver.request import name_process, surroundings
+from elastic_moe.actors.forkserver.server import NAME, Server
 from elastic_moe.cluster.interpreter import command_of
 
 SCRIPT = str(Path(__file__).with_name("report.py"))
@@ -29,6 +29,7 @@ def bare_server() -> None:
 
     path, idle_s = sys.argv[1:]
     os.setpgid(0, 0)
+    name_process(NAME)
     ours, environment = surroundings(), dict(os.environ)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
