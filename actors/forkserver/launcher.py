@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shlex
+import signal
 import socket
 import stat
 import sys
@@ -19,7 +20,9 @@ from collections.abc import Iterator
 from elastic_moe.actors.forkserver.origin import note_start
 from elastic_moe.actors.forkserver.request import (
     GO,
+    Answer,
     Request,
+    is_server,
     peer_of,
     receive_answer,
     send,
@@ -28,6 +31,8 @@ from elastic_moe.actors.forkserver.request import (
 
 WAIT_S = 20.0
 """Seconds in which a fork must have answered, the server's imports included. Then this process starts as usual."""
+ANSWER_S = 5.0
+"""The same where the server has imported everything. A server that is later hangs, and is killed."""
 _RAYLET = "--raylet-name="
 _PAUSE_S = 0.02
 
@@ -79,12 +84,25 @@ def hand_over(search_path: list[str], arguments: list[str], deadline: float) -> 
             umask=umask,
         )
         send(connection, request, [0, 1, 2, directory])
-        connection.settimeout(max(0.0, deadline - time.monotonic()))
-        answer = receive_answer(connection)
+        answer = _answer(connection, deadline)
         if answer.refusal:
             raise Refused(answer.refusal)
         connection.sendall(GO)
         return answer.pid
+
+
+def _answer(connection: socket.socket, deadline: float) -> Answer:
+    server, _ = peer_of(connection)
+    ready = is_server(server)
+    left_s = max(0.0, deadline - time.monotonic())
+    connection.settimeout(min(left_s, ANSWER_S) if ready else left_s)
+    try:
+        return receive_answer(connection)
+    except TimeoutError:
+        # it lives, as the connection has not ended
+        if ready:
+            os.kill(server, signal.SIGKILL)
+        raise
 
 
 def socket_path(arguments: list[str], environment: os._Environ[str]) -> str:
@@ -110,7 +128,7 @@ def _connected(path: str, deadline: float) -> Iterator[socket.socket]:
     connection = _connect(path, deadline) or _start(path, deadline)
     with connection:
         # the directory may be open to everybody, and whoever gets the request has the keys of its environment
-        if peer_of(connection) != os.geteuid():
+        if peer_of(connection)[1] != os.geteuid():
             raise Refused(f"{path} is another user's")
         yield connection
 

@@ -20,6 +20,8 @@ import sys
 from typing import Any, NamedTuple
 
 GO = b"go"
+NAME = "emoe-forkserver"
+"""What a fork server calls itself: who lists processes sees it."""
 DESCRIPTORS = 4
 _LENGTH = struct.Struct("<I")
 _PEER = struct.Struct("3i")
@@ -78,9 +80,14 @@ def name_process(name: str) -> None:
         file.write(name)
 
 
-def _text_of(name: str) -> str:
+def is_server(pid: int) -> bool:
+    """Whether the process is a fork server, by its name."""
+    return _text_of("comm", str(pid)).rstrip("\n") == NAME
+
+
+def _text_of(name: str, process: str = "self") -> str:
     try:
-        with open(f"/proc/self/{name}") as file:
+        with open(f"/proc/{process}/{name}") as file:
             return file.read()
     except OSError:
         return ""
@@ -93,10 +100,10 @@ def _link_of(name: str) -> str:
         return ""
 
 
-def peer_of(connection: socket.socket) -> int:
-    """The user id of the process at the other end; for a connection that we opened, of the one that listened there."""
-    _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return int(user)
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """The process and the user at the other end; for a connection that we opened, those that listened there last."""
+    pid, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return int(pid), int(user)
 
 
 def send(connection: socket.socket, value: Request | Answer, descriptors: list[int] | None = None) -> None:

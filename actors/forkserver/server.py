@@ -16,11 +16,9 @@ import sys
 import time
 
 from elastic_moe.actors.forkserver.imports import import_model
-from elastic_moe.actors.forkserver.request import name_process, peer_of, surroundings
+from elastic_moe.actors.forkserver.request import NAME, name_process, peer_of, surroundings
 from elastic_moe.cluster.interpreter import no_collection
 
-NAME = "emoe-forkserver"
-"""Of the process, for those who list processes."""
 IDLE_S = 60.0
 POLL_S = 5.0
 
@@ -80,6 +78,8 @@ class Server:
 
     def run(self) -> socket.socket | None:
         """In each fork, the connection to its launcher; in the server, None when it is to end."""
+        # from now on launchers see this process at the other end, and know that it need not import any more
+        self._listener.listen(socket.SOMAXCONN)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake)
         poll = select.poll()
@@ -110,7 +110,7 @@ class Server:
         """Accept a connection, and fork for it. Returns the connection in the fork, and None in the server."""
         try:
             connection, _ = self._listener.accept()
-            if peer_of(connection) != os.geteuid():
+            if peer_of(connection)[1] != os.geteuid():
                 connection.close()
                 return None
             fork = os.fork()

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 from elastic_moe.actors.forkserver import launcher
-from elastic_moe.actors.forkserver.request import name_process, surroundings
-from elastic_moe.actors.forkserver.server import NAME, Server
+from elastic_moe.actors.forkserver.request import NAME, name_process, surroundings
+from elastic_moe.actors.forkserver.server import Server
 from elastic_moe.cluster.interpreter import command_of
 
 SCRIPT = str(Path(__file__).with_name("report.py"))

@@ -104,9 +104,25 @@ def test_a_server_reaps_its_forks(a_node: Node, tmp_path: Path) -> None:
     assert not psutil.Process(server.pid).children()
 
 
-def test_no_fork_runs_for_a_launcher_that_waits_no_longer(a_node: Node, tmp_path: Path) -> None:
+def test_a_server_that_hangs_is_killed_and_no_fork_runs(
+    a_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "ANSWER_S", 0.3)
+    server = a_node.serve()
+    server.send_signal(signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        a_node.hand_over(tmp_path / "report")
+    assert server.wait(10) == -signal.SIGKILL
+    assert not (tmp_path / "report").exists()
+
+
+def test_no_fork_runs_for_a_launcher_that_waits_no_longer(
+    a_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It starts Python itself then, and Ray must not have the same worker twice."""
     server = a_node.serve()
+    # as if it still imported: then it is not killed
+    monkeypatch.setattr(launcher, "is_server", lambda _: False)
     server.send_signal(signal.SIGSTOP)
     with pytest.raises(TimeoutError):
         a_node.hand_over(tmp_path / "report", within_s=0.3)
@@ -148,8 +164,8 @@ def test_another_users_server_gets_no_request(a_node: Node, tmp_path: Path, monk
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(a_node.path))
         listener.listen()
-        assert peer_of_own(listener, a_node.path) == os.geteuid()
-        monkeypatch.setattr(launcher, "peer_of", lambda _: os.geteuid() + 1)
+        assert peer_of_own(listener, a_node.path) == (os.getpid(), os.geteuid())
+        monkeypatch.setattr(launcher, "peer_of", lambda _: (1, os.geteuid() + 1))
         with pytest.raises(Refused, match="another user's"):
             a_node.hand_over(tmp_path / "report")
         connection, _ = listener.accept()
@@ -158,7 +174,7 @@ def test_another_users_server_gets_no_request(a_node: Node, tmp_path: Path, monk
     assert received == [b""]
 
 
-def peer_of_own(listener: socket.socket, path: Path) -> int:
+def peer_of_own(listener: socket.socket, path: Path) -> tuple[int, int]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(str(path))
         accepted, _ = listener.accept()

@@ -6,10 +6,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
+from tests.actors.forkserver.harness import gone
 from tests.paths import ROOT
 
 pytestmark = pytest.mark.ray
@@ -45,8 +45,4 @@ def test_two_sessions_side_by_side_in_which_everything_dies() -> None:
         assert f"a line of {again['pid']}" in session["lines"]
         servers |= {first[0]["parent"], second[0]["parent"]}
     assert len(servers) == 4
-    assert not [
-        process
-        for process in Path("/proc").glob("[0-9]*/comm")
-        if process.parent.name.isdigit() and int(process.parent.name) in servers
-    ]
+    assert all(gone(server) for server in servers)
