@@ -35,7 +35,7 @@ def become_worker(connection: socket.socket, surroundings: dict[str, str], envir
     server = os.getppid()
     try:
         request, descriptors = agree(connection, surroundings, environment)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         # the launcher sees the end of its connection, and starts Python itself
         os._exit(0)
     connection.close()

@@ -17,17 +17,22 @@ import signal
 import socket
 import struct
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 GO = b"go"
 NAME = "emoe-forkserver"
 """What a fork server calls itself: who lists processes sees it."""
 DESCRIPTORS = 4
+MOST_BYTES = 4 << 20
+"""Of a request. An environment with its arguments has 2 MB at most on Linux, unless a limit was raised."""
 _LENGTH = struct.Struct("<I")
 _PEER = struct.Struct("3i")
 _FILES = ("cgroup", "oom_score_adj", "uid_map", "timerslack_ns")
 """Files of /proc/self whose contents a process has from the one that started it."""
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+
+
+R = TypeVar("R", "Request", "Answer")
 
 
 class Request(NamedTuple):
@@ -122,16 +127,25 @@ def receive_request(connection: socket.socket) -> tuple[Request, list[int]]:
     first, descriptors, _, _ = socket.recv_fds(connection, 1, DESCRIPTORS)
     if len(descriptors) != DESCRIPTORS:
         raise ValueError(f"expected {DESCRIPTORS} descriptors, got {len(descriptors)}")
-    return Request(*_value(connection, first)), descriptors
+    return _made(Request, _value(connection, first)), descriptors
 
 
 def receive_answer(connection: socket.socket) -> Answer:
     """Raises as `receive_request` does."""
-    return Answer(*_value(connection, b""))
+    return _made(Answer, _value(connection, b""))
+
+
+def _made(kind: type[R], value: list[Any]) -> R:
+    try:
+        return kind(*value)
+    except TypeError:
+        raise ValueError(f"expected a {kind.__name__}, got {len(value)} values") from None
 
 
 def _value(connection: socket.socket, first: bytes) -> list[Any]:
     (length,) = _LENGTH.unpack(first + receive(connection, _LENGTH.size - len(first)))
+    if length > MOST_BYTES:
+        raise ValueError(f"expected at most {MOST_BYTES} bytes, got {length}")
     value = json.loads(receive(connection, length))
     if not isinstance(value, list):
         raise ValueError(f"expected a list, got {type(value).__name__}")

@@ -182,7 +182,9 @@ def peer_of_own(listener: socket.socket, path: Path) -> tuple[int, int]:
             return peer_of(connection)
 
 
-@pytest.mark.parametrize("answers", [b"", b"GET / HTTP/1.1\r\n\r\n" * 10, b"\xff\xff\xff\x7f", b"\x02\0\0\0{}"])
+@pytest.mark.parametrize(
+    "answers", [b"", b"GET / HTTP/1.1\r\n\r\n" * 10, b"\xff\xff\xff\x7f", b"\x02\0\0\0{}", b"\x03\0\0\0[1]"]
+)
 def test_a_server_that_answers_nonsense(a_node: Node, tmp_path: Path, answers: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(a_node.path))
