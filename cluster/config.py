@@ -197,6 +197,11 @@ class ServeConfig:
         "keep one process ready, with everything but weights, for the next worker that starts; only on CPUs, and only "
         "where the server has started Ray itself",
     )
+    fork_workers: bool = setting(
+        True,
+        "fork workers' processes from one that has imported PyTorch, so that they start sooner and share memory; only "
+        "on CPUs, and only where the server has started Ray itself",
+    )
     step_timeout: float = setting(
         60.0,
         "largest number of seconds that a step may take; once steps were measured, the limit is 10 times the slowest "

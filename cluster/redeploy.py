@@ -22,7 +22,7 @@ further groups of a cluster, after the first one, have names of their own: the c
 LIVE = frozenset({
     "workers", "min_workers", "max_workers", "autoscale_window", "rebalance_interval", "planner", "solver",
     "migration_bandwidth", "plan_deadline", "standby", "heartbeat_timeout", "drain_timeout", "api_replicas",
-    "handover_timeout", "calibration", "data_parallel_size",
+    "handover_timeout", "calibration", "data_parallel_size", "fork_workers",
 })  # fmt: skip
 """Settings that a serving cluster takes over."""
 

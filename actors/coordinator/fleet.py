@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from elastic_moe.actors import names
 from elastic_moe.actors.coordinator.migrator import Migrator
 from elastic_moe.actors.description import describe
 from elastic_moe.actors.engine.engine import Engine, StepReports
+from elastic_moe.actors.forkserver import launcher
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.planner_process import plan_apart
 from elastic_moe.actors.remote import generations, ray_nodes
@@ -335,6 +337,11 @@ class RayFleet:
     def standby(self) -> bool:
         return self._config.standby and self._alone and self.device() == "cpu"
 
+    @property
+    def _forks(self) -> bool:
+        linux = sys.platform == "linux"
+        return self._config.fork_workers and self._alone and self.device() == "cpu" and linux
+
     def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[WorkerActor]:
         worker_class = self._worker_class
         arguments: tuple[Any, ...] = ()
@@ -345,6 +352,8 @@ class RayFleet:
         else:
             # workers of one machine share its cores; if each reserved whole cores, some would not start
             resources = {"num_cpus": 0} if self._alone else {"num_cpus": 1, **self._place(node)}
+        if self._forks:
+            resources["runtime_env"] = {"py_executable": launcher.command()}
         groups = {"concurrency_groups": {"io": IO_THREADS, "joins": JOIN_THREADS, "copies": COPY_THREADS}}
         return self._create(
             worker_class, names.actor_name(worker), {"max_restarts": 0, **resources}, groups, *arguments

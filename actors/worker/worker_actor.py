@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import ray
 
+from elastic_moe.actors.forkserver.imports import import_model
+from elastic_moe.actors.forkserver.origin import origin
 from elastic_moe.actors.liveness import STEP_PING_S
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote.addresses import node_address
@@ -24,7 +26,6 @@ from elastic_moe.actors.remote.ask import in_group
 from elastic_moe.actors.remote.codec import is_exhausted
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.facts.routing import joined
-from elastic_moe.cluster.interpreter import no_collection
 from elastic_moe.cluster.messages.epochs import (
     Epoch,
     EpochSpec,
@@ -55,6 +56,7 @@ class WorkerActor:
         """`logs`: where this process's log lines go, under `name`; left as it is if not given."""
         if logs is not None:
             set_up(name, logs)
+        _log_origin()
         self._worker: DataPlane | None = None
         self._steps: StepServer | None = None
         self._loading = threading.Lock()
@@ -70,7 +72,7 @@ class WorkerActor:
 
         def give_way_and_import() -> None:
             _give_way(WARM_UP_NICENESS)
-            _import_model()
+            import_model()
 
         # a thread that will do nothing else
         importing = threading.Thread(target=give_way_and_import)
@@ -87,7 +89,7 @@ class WorkerActor:
             return self._info
 
     def _load(self, spec: WorkerSpec) -> WorkerInfo:
-        _import_model()
+        import_model()
         import torch
 
         from elastic_moe.actors.worker.step_server import StepServer
@@ -201,12 +203,10 @@ class WorkerActor:
         return self._worker
 
 
-def _import_model() -> None:
-    # before OpenMP is loaded, with torch: threads that wait for the next parallel region leave their core to the node's
-    # other workers soon (about 0.1 ms), instead of after some milliseconds
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    with no_collection():
-        import elastic_moe.model.worker.data_plane  # noqa: F401
+def _log_origin() -> None:
+    if (found := origin(os.environ)) is not None:
+        said, forked = found
+        logger.log(logging.INFO if forked else logging.WARNING, "process %d was %s", os.getpid(), said)
 
 
 def _give_way(niceness: int = COPY_NICENESS) -> None:

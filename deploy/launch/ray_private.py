@@ -3,7 +3,8 @@
 tests/deploy/launch/test_ray_private.py names each with the signature that is expected of it, so that an upgrade fails a
 test. Where something is gone all the same, a server starts without it and a warning names it.
 What stays elsewhere: the lines of Serve's HAProxy configuration (haproxy_config.py), and what actors use, which are the
-key-value store of GCS (actors/remote/generations.py, key_value.py) and what Ray knows of its nodes (ray_nodes.py).
+key-value store of GCS (actors/remote/generations.py, key_value.py), what Ray knows of its nodes (ray_nodes.py), and
+how a raylet starts a worker and knows it (actors/forkserver/).
 The values of the environment variables stand in ray_environment.py and haproxy.py.
 
 Ray reads its environment when it is imported, so every function here imports Ray itself.

@@ -18,6 +18,7 @@ _TITLES = (
     ("ray::ProxyActor", "Ray Serve"),
     ("ray::HAProxyManager", "Ray Serve"),
 )
+_MODULES = ("planner_process", "forkserver.server")
 _WORKER = "ray::WorkerActor"
 
 CpuTimes = dict[tuple[int, int], tuple[str, float]]
@@ -47,7 +48,8 @@ def purpose(name: str, command: str) -> str:
             return group
     if name == "haproxy":
         return "HAProxy"
-    return "control plane" if name == "emoe" or "planner_process" in command else "Ray"
+    ours = name == "emoe" or any(module in command for module in _MODULES)
+    return "control plane" if ours else "Ray"
 
 
 def cpu_times(pid: int) -> CpuTimes:

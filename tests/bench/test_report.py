@@ -130,6 +130,7 @@ def test_cpu_time_by_purpose() -> None:
         ("haproxy", "/x/haproxy -f y", "HAProxy"),
         ("raylet", "/x/raylet --y", "Ray"),
         ("emoe", "/x/python /x/emoe serve", "control plane"),
+        ("emoe-forkserver", "python -c from elastic_moe.actors.forkserver.server import main", "control plane"),
     ],
 )
 def test_purpose_of_processes(name: str, command: str, expected: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 
+from elastic_moe.actors.forkserver.request import NAME
 from elastic_moe.deploy.launch.process_tree import lives
 from tests.chaos.load import Load
 from tests.e2e.conftest import Server
@@ -23,6 +24,7 @@ TITLES = {
     "coordinator": "ray::Coordinator",
     "migrator": "ray::Migrator",
     "api": "ray::ServeReplica:emoe:api",
+    "fork server": NAME,
 }
 API_REPLICAS = 2
 WHOLE_S = 120.0
@@ -49,7 +51,7 @@ class Bench:
         found = []
         for process in psutil.Process(self.server.process.pid).children(recursive=True):
             try:
-                if " ".join(process.cmdline()).startswith(TITLES[role]):
+                if process.name() == TITLES[role] or " ".join(process.cmdline()).startswith(TITLES[role]):
                     found.append(process)
             except psutil.Error:
                 continue

@@ -136,6 +136,7 @@ FAULTS: dict[str, Scenario] = {
     "kill 2 workers": _named(strike, "worker", "worker"),
     "kill worker and engine": _named(strike, "worker", "engine"),
     "kill worker and coordinator": _named(strike, "worker", "coordinator"),
+    "kill worker and fork server": _named(strike, "worker", "fork server"),
     "kill engine and coordinator": _named(strike, "engine", "coordinator"),
     "kill worker, then worker in recovery": _named(strike_twice, "worker", "worker"),
     "kill worker, then engine in recovery": _named(strike_twice, "worker", "engine"),

@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from elastic_moe.actors.forkserver.request import NAME
 from tests.e2e.conftest import MODEL, Reference, Server
 from tests.e2e.streams import GREEDY, PROMPT, Stream
 
@@ -34,9 +35,12 @@ def test_completion_and_stream_are_transformers_tokens(server: Server, reference
 def test_only_workers_have_pytorch(server: Server) -> None:
     """It takes some 270 MB of each process that imports it."""
     family = psutil.Process(server.process.pid).children(recursive=True)
-    having = {p.name() for p in family if "libtorch_cpu.so" in Path(f"/proc/{p.pid}/maps").read_text()}
-    assert len(having) == 1, having
-    assert having.pop().startswith("ray::WorkerActor")
+    having = [p for p in family if "libtorch_cpu.so" in Path(f"/proc/{p.pid}/maps").read_text()]
+    workers = [p for p in having if p.name().startswith("ray::WorkerActor")]
+    assert len(workers) == 3
+    # and the process that they are forks of
+    (server,) = {p.ppid() for p in workers}
+    assert [(p.pid, p.name()) for p in having if p not in workers] == [(server, NAME)]
 
 
 def test_chat(server: Server, reference: Reference) -> None:
@@ -196,6 +200,28 @@ def test_kill_9_of_a_worker_under_a_stream(server: Server, reference: Reference)
         return len(server.get("/admin/placement")["workers"]) == 3
 
     server.wait("a replacement worker", three_again, 90)
+
+
+def test_the_fork_servers_death_changes_nothing(server: Server, reference: Reference) -> None:
+    stream = Stream(server, 400)
+    stream.wait_for_pieces(5)
+    pids = {w["id"]: w["pid"] for w in server.get("/admin/workers") if w["state"] == "serving"}
+    (before,) = {psutil.Process(pid).ppid() for pid in pids.values()}
+    os.kill(before, signal.SIGKILL)
+    stream.join(60)
+    assert stream.text == reference.text(reference.greedy(PROMPT, 400))
+    assert {w["id"]: w["pid"] for w in server.get("/admin/workers") if w["state"] == "serving"} == pids
+    # the next worker's launcher starts another one
+    victim = max(pids)
+    os.kill(pids[victim], signal.SIGKILL)
+
+    def replaced() -> list[int]:
+        there = {w["id"]: w["pid"] for w in server.get("/admin/workers") if w["state"] == "serving"}
+        return [pid for worker, pid in there.items() if worker not in pids] if len(there) == 3 else []
+
+    server.wait("a replacement worker", replaced, 90)
+    (new,) = replaced()
+    assert psutil.Process(psutil.Process(new).ppid()).name() == NAME
 
 
 def test_an_orderly_end(server: Server, reference: Reference) -> None:

@@ -61,7 +61,7 @@ def test_workers_on_cpus_are_spread_and_stay_off_the_head(
 
 
 def test_workers_of_a_ray_of_our_own_and_on_gpus_are_where_ray_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    maker, made = fleet(monkeypatch, device="cpu", alone=True)
+    maker, made = fleet(monkeypatch, device="cpu", alone=True, fork_workers=False)
     maker.start_worker(WorkerId("w0"))
     assert made == {"max_restarts": 0, "num_cpus": 0}
     maker, made = fleet(monkeypatch, device="cuda")
@@ -110,3 +110,21 @@ def test_groups_of_one_cluster_are_not_rivals(monkeypatch: pytest.MonkeyPatch) -
     found = {Generation(name): name for name in ("g", "g.1", "g.2", "other", "other.1")}
     monkeypatch.setattr(fleets.generations, "coordinators", lambda: found)
     assert RayFleet(ServeConfig(), Generation("g.1")).others() == ["other", "other.1"]
+
+
+@pytest.mark.parametrize(
+    ("alone", "settings"),
+    [(False, {}), (True, {"device": "cuda"}), (True, {"fork_workers": False}), (False, {"fork_workers": True})],
+)
+def test_processes_are_forked_on_cpus_of_one_machine_alone(
+    monkeypatch: pytest.MonkeyPatch, alone: bool, settings: dict[str, Any]
+) -> None:
+    maker, made = fleet(monkeypatch, alone=alone, **{"device": "cpu", **settings})
+    maker.start_worker(WorkerId("w0"))
+    assert "runtime_env" not in made
+    maker, made = fleet(monkeypatch, alone=True, device="cpu")
+    maker.start_worker(WorkerId("w0"))
+    assert "launcher" in made["runtime_env"]["py_executable"]
+    maker.configure(ServeConfig(device="cpu", fork_workers=False))
+    maker.start_worker(WorkerId("w1"))
+    assert "runtime_env" not in made
