@@ -281,7 +281,8 @@ class Rebalancing:
         return None
 
     def unpin(self) -> None:
-        self.pinned = False
+        """Also what would pin the placement at its end: it goes on, and pins nothing."""
+        self.pinned, self._pins = False, None
 
     def configured(self, settings: ControlSettings, now: float) -> None:
         """Take over the settings of a redeploy."""

@@ -160,6 +160,19 @@ def test_a_given_placement_that_fails_pins_nothing() -> None:
     assert not sim.facts.pinned
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_pin_that_is_taken_back_while_its_placement_is_under_way_never_comes(interrupted: bool) -> None:
+    sim = serving(2, interval_s=3.0)
+    assert sim.facts.spec is not None
+    placement = shuffled(sim.facts.spec.placement, sim.rng)
+    sim.feed(PlaceRequested(placement=placement, pinned=True))
+    if interrupted:
+        sim.lose_engine()
+    sim.feed(Unpin())
+    sim.settle()
+    assert (sim.facts.spec.placement, sim.facts.pinned) == (placement, False)
+
+
 def test_a_placement_of_other_workers_is_refused() -> None:
     sim, other = serving(2), serving(3)
     assert other.facts.spec is not None
