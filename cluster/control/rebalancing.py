@@ -28,11 +28,8 @@ RELIEF = "relief"
 SETTLING_S = (10.0, 20.0, 40.0)
 """Seconds from a change of subject to looks at the whole placement, besides the periodic ones. Each window has counted
 twice as much of the new subject as the one before, and a look moves only a part of the experts."""
-
-
 COUNTS_PATIENCE_S = 10.0
 """Seconds that a planner which is asked again waits for routing counts: a restarted coordinator has none at first."""
-
 MAX_AGAIN = 3
 """How often a re-placement that was asked for is begun again after a failure or a death: it may be their cause."""
 
@@ -152,6 +149,10 @@ def _slots(placement: Placement) -> str:
     return ", ".join(f"{worker.id} with {worker.slots} slots" for worker in placement.workers)
 
 
+def _requested(planner: str) -> str:
+    return f"requested, planner {planner}"
+
+
 # --- The owner ----------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +216,7 @@ class Rebalancing:
         return self._ask(facts, RELIEF, reason, now, requested=False)
 
     def requested(self, facts: Facts, event: RebalanceRequested, now: float) -> list[Command]:
-        commands = self._ask(facts, event.planner, f"requested, planner {event.planner}", now, requested=True)
+        commands = self._ask(facts, event.planner, _requested(event.planner), now, requested=True)
         assert self.planning is not None
         self._asked = Asked(self.planning.operation_id, event)
         return commands
@@ -380,6 +381,8 @@ class Rebalancing:
             return [], None
         self._asked = replace(asked, placement=None)
         self.planning = replace(planning, waits=False, since=now)
+        # without what was said of an earlier plan
+        self._operations.advance(operation.operation_id, reason=_requested(asked.event.planner))
         return [Solve(ticket=planning.ticket, planner=asked.event.planner)], None
 
     def _fail(self, operation_id: str, reason: str) -> None:
