@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from openai import DefaultHttpxClient, OpenAI
+from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 from elastic_moe.cluster.messages.grammars import Grammar
@@ -51,8 +51,7 @@ class Server:
         return httpx.post(self.url + path, json=body, timeout=60, verify=PLAIN)
 
     def client(self) -> OpenAI:
-        http = DefaultHttpxClient(verify=PLAIN)
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, http_client=http)
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def wait(self, what: str, true: Callable[[], object], timeout_s: float = 60, every_s: float = 0.1) -> None:
         deadline = time.monotonic() + timeout_s
