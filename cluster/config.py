@@ -19,7 +19,7 @@ from typing import Any
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.lines import meant
 from elastic_moe.cluster.peers import Networks
-from elastic_moe.cluster.setting import DAY_S, MILLION, MOST_BYTES, checked, names, setting
+from elastic_moe.cluster.setting import DAY_S, MILLION, MOST_BYTES, checked, misplaced, names, setting
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -412,7 +412,8 @@ class ServeConfig:
         for key, value in data.items():
             name = key.replace("-", "_") if isinstance(key, str) else ""
             if name not in known:
-                hint = meant(name, sorted(known)) or f"; known keys: {', '.join(sorted(known))}"
+                hint = misplaced(data, key, known) or meant(name, sorted(known))
+                hint = hint or f"; known keys: {', '.join(sorted(known))}"
                 raise ConfigError(f"{source}: unknown key {reprlib.repr(key)}{hint}")
             if name in values:
                 raise ConfigError(f"{source}: {key!r} is given twice")

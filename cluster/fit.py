@@ -16,7 +16,8 @@ class Part(StrEnum):
     """A part of a model that different code can serve."""
 
     LAYERS = "layers"
-    """All decoder layers. Layers that are joined still run one by one if workers exchange tokens through PyTorch."""
+    """All decoder layers. Layers that are joined still run one by one if workers exchange tokens through PyTorch.
+    Native ones run one by one anyway, with native halves."""
     ATTENTION_HALF = "attention_half"
     """A decoder layer up to its feed-forward half."""
     ATTENTION = "attention"

@@ -14,7 +14,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -215,3 +215,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
     return data
+
+
+def misplaced(data: Mapping[Any, Any], key: object, known: Collection[str]) -> str:
+    """What a message says of an unknown key of a file in which settings lie deeper, as in one for Serve; else empty."""
+    for value in data.values():
+        for part in value if isinstance(value, list) else ():
+            if isinstance(part, Mapping) and _first_setting(part.get("args"), known) is not None:
+                return "; this is a file for `serve deploy`: `emoe serve` takes what is below its `args`"
+    if (first := _first_setting(data[key], known)) is None:
+        return ""
+    return f": settings are not nested here; write those below it, such as {first!r}, at the top level"
+
+
+def _first_setting(value: object, known: Collection[str]) -> str | None:
+    names = value if isinstance(value, Mapping) else ()
+    return next((name for name in names if isinstance(name, str) and name.replace("-", "_") in known), None)

@@ -120,6 +120,11 @@ class Clients:
         """Whether the request was accepted, and has not ended."""
         return request_id in self._owners or self._lasting.runs(request_id)
 
+    @property
+    def present(self) -> list[str]:
+        """The replicas that are connected."""
+        return [name for name, client in self._clients.items() if client.link is not None]
+
     def began(self, request_ids: Iterable[RequestId]) -> None:
         """These requests are in a step that was just sent to the workers."""
         now = time.monotonic()
@@ -242,8 +247,7 @@ class Clients:
         elif isinstance(message, CancelRequests):
             self._cancel(message.request_ids)
         elif isinstance(message, Adopt):
-            present = [client for client, state in self._clients.items() if state.link is not None]
-            link.send(Adopted(request_ids=self._lasting.orphans(message.request_ids, present)))
+            link.send(Adopted(request_ids=self._lasting.orphans(message.request_ids, self.present)))
         else:
             raise WireError(f"an engine does not take a {type(message).__name__}")
 

@@ -152,6 +152,7 @@ class Engine:
             epoch=self._loop.epoch,
             first_tokens=clients.first_tokens,
             first_tokens_s=clients.first_tokens_s,
+            replicas=len(clients.present),
         )
 
     # --- Called by API replicas ---------------------------------------------------------------------------------

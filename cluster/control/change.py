@@ -154,8 +154,8 @@ class Epochs:
         if change.kind is OperationKind.REBALANCE and change.stage in self._counters.rebalance_s:
             self._counters.rebalance_s[change.stage].add(now - change.stage_since)
 
-    def transferred(self, event: TransferDone | TransferFailed, now: float) -> list[Command]:
-        """The transfer of the change has ended."""
+    def transferred(self, event: TransferDone | TransferFailed, now: float, *, taken_up: bool = False) -> list[Command]:
+        """The transfer of the change has ended. taken_up: as for `give_up`."""
         change = self.change
         if change is None or not self.is_current(event.epoch, Stage.TRANSFERRING):
             return []
@@ -164,7 +164,7 @@ class Epochs:
             self._membership.stage(event.staged)
             # a worker's copy may be damaged, and the checkpoint is not
             self._read_all = change.kind is not OperationKind.REBALANCE
-            return self.give_up(event.reason, now)
+            return self.give_up(event.reason, now, taken_up=taken_up)
         self._membership.stage((move.target, move.layer, move.expert) for move in change.transfers.copies)
         self._membership.stage(change.transfers.reads)
         self._enter(Stage.DRAINING, now)
@@ -212,20 +212,23 @@ class Epochs:
 
     # --- Back ---------------------------------------------------------------------------------------------------
 
-    def commit_failed(self, reason: str, now: float, cause: Cause = Cause.FLIP) -> list[Command]:
-        """Some workers may have begun the epoch. From now on a worker holds only what it holds in both epochs."""
+    def commit_failed(
+        self, reason: str, now: float, cause: Cause = Cause.FLIP, *, taken_up: bool = False
+    ) -> list[Command]:
+        """Some workers may have begun the epoch. From now on a worker holds only what it holds in both epochs.
+        taken_up: as for `give_up`."""
         assert self.change is not None
         self._membership.doubt(self.change.spec.placement)
         commands: list[Command] = []
         if self.spec is not None:
             commands += self.fail(f"epoch {self.change.spec.epoch} could not begin: {reason}", cause, now)
-        return commands + self.give_up(reason, now)
+        return commands + self.give_up(reason, now, taken_up=taken_up)
 
     def give_up(self, reason: str, now: float, *, at_once: bool = False, taken_up: bool = False) -> list[Command]:
         """Roll the change back. A re-placement or promotion has then failed; anything else is tried again, from what is
         there.
 
-        at_once: the next attempt may begin without a pause, because the cause is known and dealt with. taken_up: a
+        at_once: the next attempt may begin without a pause, because the cause is known and dealt with. taken_up: this
         re-placement will be tried again too.
         """
         change, self.change = self.change, None

@@ -54,9 +54,10 @@ class Losses:
         commands: list[Command] = [self._owners.membership.stop(worker, lost=True)]
         if worker in self._owners.epochs.ranks:
             commands += self._owners.epochs.fail(f"worker {worker} lost: {reason}", Cause.WORKER, now)
-            self._owners.rebalancing.cancel(f"worker {worker} was lost")
+            if self._owners.epochs.change is None:
+                self._owners.rebalancing.interrupted(f"worker {worker} was lost", None, now)
         if self._owners.epochs.counts_on(worker):
-            commands += self._owners.epochs.give_up(f"worker {worker} lost: {reason}", now, at_once=True)
+            commands += self._transitions.give_up(f"worker {worker} lost: {reason}", now, at_once=True)
         self._owners.membership.forget_ended(self._owners.epochs.in_use)
         return commands
 
@@ -102,7 +103,7 @@ class Losses:
         """The group of the change could not form. A worker that keeps failing to join others that serve is ended."""
         change = self._owners.epochs.change
         assert change is not None
-        commands = self._owners.epochs.give_up(reason, now)
+        commands = self._transitions.give_up(reason, now)
         if not change.forms_group:
             return commands
         for worker in joining.blamed(self._owners.facts, change.workers):

@@ -28,13 +28,10 @@ RELIEF = "relief"
 SETTLING_S = (10.0, 20.0, 40.0)
 """Seconds from a change of subject to looks at the whole placement, besides the periodic ones. Each window has counted
 twice as much of the new subject as the one before, and a look moves only a part of the experts."""
-
-
 COUNTS_PATIENCE_S = 10.0
 """Seconds that a planner which is asked again waits for routing counts: a restarted coordinator has none at first."""
-
-MAX_RESTARTS = 3
-"""Restarts of the coordinator through which a re-placement that was asked for is carried: it may be their cause."""
+MAX_AGAIN = 3
+"""How often a re-placement that was asked for is begun again after a failure or a death: it may be their cause."""
 
 
 # --- Decisions ----------------------------------------------------------------------------------------------------
@@ -152,6 +149,10 @@ def _slots(placement: Placement) -> str:
     return ", ".join(f"{worker.id} with {worker.slots} slots" for worker in placement.workers)
 
 
+def _requested(planner: str) -> str:
+    return f"requested, planner {planner}"
+
+
 # --- The owner ----------------------------------------------------------------------------------------------------
 
 
@@ -161,21 +162,20 @@ class Asked:
 
     operation_id: str
     event: RebalanceRequested | PlaceRequested
-    """What was asked; once a planner's plan is adopted, that."""
-    restarts: int = 0
-    """How often it was taken up again by a coordinator that was restarted."""
+    placement: Placement | None = None
+    """The placement that was given, or the plan that was adopted; None before."""
+    again: int = 0
+    """How often it had to be begun again."""
 
 
 class Rebalancing:
-    """Owns the planner at work, the pin, and the time of the next periodic look."""
+    """Owns the planner at work or the re-placement that waits, the pin, and the time of the next periodic look."""
 
     def __init__(self, settings: ControlSettings, operations: OperationLog, counters: ClusterCounters) -> None:
         self._interval_s = settings.rebalance_interval_s
         self._operations = operations
         self._counters = counters
         self.planning: Planning | None = None
-        self._later: Planning | None = None
-        """What is taken up after the change under way."""
         self.pinned = False
         """Whether periodic re-placement must not change the placement."""
         self._pins: str | None = None
@@ -216,7 +216,7 @@ class Rebalancing:
         return self._ask(facts, RELIEF, reason, now, requested=False)
 
     def requested(self, facts: Facts, event: RebalanceRequested, now: float) -> list[Command]:
-        commands = self._ask(facts, event.planner, f"requested, planner {event.planner}", now, requested=True)
+        commands = self._ask(facts, event.planner, _requested(event.planner), now, requested=True)
         assert self.planning is not None
         self._asked = Asked(self.planning.operation_id, event)
         return commands
@@ -257,7 +257,7 @@ class Rebalancing:
             placement = with_tiers(facts, event.placement)
             if self._asked is not None and self._asked.operation_id == operation.operation_id:
                 # a coordinator that is restarted has lost the counts that it was planned for
-                self._asked = replace(self._asked, event=PlaceRequested(placement=placement))
+                self._asked = replace(self._asked, placement=placement)
             return operation, placement
         return None
 
@@ -274,7 +274,7 @@ class Rebalancing:
         )
         if placement != facts.goal:
             self._pins = operation.operation_id if event.pinned else None
-            self._asked = Asked(operation.operation_id, event)
+            self._asked = Asked(operation.operation_id, event, event.placement)
             return operation, placement
         self.pinned = self.pinned or event.pinned is True
         self._operations.complete(operation.operation_id, f"{operation.reason}: it is the current one already")
@@ -282,7 +282,8 @@ class Rebalancing:
         return None
 
     def unpin(self) -> None:
-        self.pinned = False
+        """Also what would pin the placement at its end: it goes on, and pins nothing."""
+        self.pinned, self._pins = False, None
 
     def configured(self, settings: ControlSettings, now: float) -> None:
         """Take over the settings of a redeploy."""
@@ -303,82 +304,86 @@ class Rebalancing:
             if change.operation_id == self._pins:
                 self.pinned, self._pins = True, None
 
+    # --- What is begun again ----------------------------------------------------------------------------------------
+
     def put_off(self, reason: str) -> None:
-        """Have a planner that a user asked for asked again after the change that now begins. What nobody asked for, and
-        a given placement, which is for other members, have failed."""
+        """The members change. A planner that a user asked for is asked again after that, since its answer would be for
+        the members that there were. One that nobody asked for has failed."""
         planning, asked = self.planning, self._asked
-        if planning is None:
+        if planning is None or planning.waits:
             return
-        mine = asked is not None and asked.operation_id == planning.operation_id
-        if asked is None or not mine or not isinstance(asked.event, RebalanceRequested):
+        if asked is None or asked.operation_id != planning.operation_id:
             self.cancel(reason)
-            return
-        # the answer under way is for the members that there were
-        again = self._planning(asked.operation_id, asked.event.planner, planning.since, requested=True)
-        self.planning, self._later = None, replace(again, interrupted=True)
+        else:
+            self._wait(asked, planning.since)
+
+    def interrupted(self, why: str, change: Change | None, now: float) -> Choice[bool]:
+        """The planner at work, or the change under way, cannot go on. Returns whether the change is of a re-placement
+        that a user asked for, which waits now to be taken up, and why. Other looks come again by themselves."""
+        under_way = change if self.planning is None else self.planning
+        if under_way is None or (self.planning is not None and self.planning.waits):
+            return Choice(False, why)
+        asked = self._asked
+        if asked is None or asked.operation_id != under_way.operation_id:
+            self.cancel(why)
+            return Choice(False, why)
+        if asked.again == MAX_AGAIN:
+            why = f"{why}; before, it was begun again {MAX_AGAIN} times"
+            self.cancel(why)
+            return Choice(False, why)
+        self._asked = replace(asked, again=asked.again + 1)
+        self._operations.note_error(asked.operation_id, why)
+        self._wait(asked, now)
+        return Choice(under_way is change, why)
+
+    def _wait(self, asked: Asked, now: float) -> None:
+        # a new ticket: a late answer to the old one is ignored
+        planner = asked.event.planner if isinstance(asked.event, RebalanceRequested) else None
+        self.planning = replace(self._planning(asked.operation_id, planner, now, requested=True), waits=True)
 
     def cancel(self, reason: str) -> None:
-        """Fail the operation of the planner at work, or of what was to be taken up. A late answer will be ignored."""
-        for planning in (self.planning, self._later):
-            if planning is not None:
-                self._fail(planning.operation_id, reason)
-        self.planning = self._later = None
+        """Fail the operation of the planner at work, or of what waits. A late answer will be ignored."""
+        if self.planning is not None:
+            self._fail(self.planning.operation_id, reason)
+        self.planning = None
 
-    # --- A restarted coordinator ------------------------------------------------------------------------------------
-
-    def resume(self, why: str, change: Change | None, now: float) -> bool:
-        """Set all times by the clock of a restarted coordinator, and prepare to take up a re-placement that a user
-        asked for. Other looks come again by themselves.
-
-        change: the change under way, if it is to be given up. Returns whether that one is taken up, so that its
-        operation stays open.
-        """
+    def resume(self, now: float) -> None:
+        """Set all times by the clock of a restarted coordinator."""
         self._settling = ()
         if self._look_at is not None:
             self._look_at = now + self._interval_s
-        if self._later is not None:
-            # it waits for a change that is begun again
-            self._later = replace(self._later, since=now)
-            return False
-        under_way = change if self.planning is None else self.planning
-        asked = self._asked
-        if under_way is None or asked is None or asked.operation_id != under_way.operation_id:
-            self.cancel(why)
-            return False
-        if asked.restarts == MAX_RESTARTS:
-            self.cancel(f"{why} for the {MAX_RESTARTS + 1}th time")
-            return False
-        self._asked = replace(asked, restarts=asked.restarts + 1)
-        self._operations.note_error(asked.operation_id, why)
-        planner = asked.event.planner if isinstance(asked.event, RebalanceRequested) else None
-        self.planning = replace(self._planning(asked.operation_id, planner, now, requested=True), interrupted=True)
-        return under_way is change
+        if self.planning is not None and self.planning.waits:
+            self.planning = replace(self.planning, since=now)
 
     def take_up(self, facts: Facts, now: float) -> tuple[list[Command], tuple[Operation, Placement] | None]:
-        """Begin again what was asked for before the coordinator was restarted, once the cluster serves. Returns what to
-        do, and the change to begin."""
-        if facts.probing or not facts.serves or (facts.change is not None and not facts.change.yields):
+        """Begin again what waits, once the cluster serves. Returns what to do, and the change to begin."""
+        planning, asked = self.planning, self._asked
+        if planning is None or not planning.waits:
             return [], None
-        if self.planning is None:
-            self.planning, self._later = self._later, None
-        planning = self.planning
-        if planning is None or not planning.interrupted:
+        if facts.probing or not facts.serves or facts.change is not None or now < facts.retry_at:
             return [], None
-        assert self._asked is not None
-        asked = self._asked.event
-        if isinstance(asked, RebalanceRequested):
-            if not facts.load.any() and now - planning.since < COUNTS_PATIENCE_S:
-                return [], None
-            self.planning = replace(planning, interrupted=False, since=now)
-            return [Solve(ticket=planning.ticket, planner=asked.planner)], None
-        self.planning = None
+        assert asked is not None
         operation = self._operations.get(planning.operation_id)
         assert operation is not None
-        try:
-            return [], (operation, of_members(facts, asked.placement))
-        except PlacementError as error:
-            self._fail(operation.operation_id, str(error))
+        if asked.placement is not None:
+            try:
+                placement = of_members(facts, asked.placement)
+            except PlacementError as error:
+                if isinstance(asked.event, PlaceRequested):
+                    self.cancel(str(error))
+                    return [], None
+                # the plan was for other members
+            else:
+                self.planning = None
+                return [], (operation, placement)
+        assert isinstance(asked.event, RebalanceRequested)
+        if not facts.load.any() and now - planning.since < COUNTS_PATIENCE_S:
             return [], None
+        self._asked = replace(asked, placement=None)
+        self.planning = replace(planning, waits=False, since=now)
+        # without what was said of an earlier plan
+        self._operations.advance(operation.operation_id, reason=_requested(asked.event.planner))
+        return [Solve(ticket=planning.ticket, planner=asked.event.planner)], None
 
     def _fail(self, operation_id: str, reason: str) -> None:
         self._operations.fail(operation_id, reason)

@@ -159,7 +159,7 @@ class ControlState:
             case WorkerLoaded() | WorkerFailed() | WorkerLost():
                 return self._losses.worker_reported(event, now)
             case TransferDone() | TransferFailed():
-                return self._owners.epochs.transferred(event, now)
+                return self._transitions.transferred(event, now)
             case Prepared():
                 return self._owners.epochs.prepared(event, now)
             case PrepareFailed() | Committed() | CommitFailed():
@@ -287,7 +287,7 @@ class ControlState:
             return self._owners.scaling.wake(self.facts, f"the engine is lost: {reason}", now)
         reason = f"the engine is lost: {reason}"
         if self._owners.epochs.change is not None and self._owners.epochs.change.stage is Stage.COMMITTING:
-            return self._owners.epochs.commit_failed(reason, now, Cause.ENGINE)
+            return self._transitions.commit_failed(reason, now, Cause.ENGINE)
         return [] if self._owners.epochs.spec is None else self._transitions.interrupt(reason, Cause.ENGINE, now)
 
     def _resumed(self, event: Resumed, now: float) -> list[Command]:
@@ -303,14 +303,15 @@ class ControlState:
         # a worker that is asked again loads no second time
         commands: list[Command] = [*self._owners.membership.resume(now)]
         change = self._owners.epochs.change
-        lost = change if change is not None and change.stage is not Stage.COMMITTING else None
-        taken_up = self._owners.rebalancing.resume(why, lost, now)
-        if lost is not None:
-            commands += self._owners.epochs.give_up(why, now, at_once=True, taken_up=taken_up)
-        elif change is not None and change.spec.epoch == event.engine_epoch:
+        self._owners.rebalancing.resume(now)
+        if change is None:
+            self._owners.rebalancing.interrupted(why, None, now)
+        elif change.stage is not Stage.COMMITTING:
+            commands += self._transitions.give_up(why, now, at_once=True)
+        elif change.spec.epoch == event.engine_epoch:
             commands += self._transitions.committed(now)
-        elif change is not None:
-            commands += self._owners.epochs.commit_failed(why, now)
+        else:
+            commands += self._transitions.commit_failed(why, now)
         return [*commands, self._owners.membership.probe()]
 
     def _change_ended(self, event: PrepareFailed | Committed | CommitFailed, now: float) -> list[Command]:
@@ -323,4 +324,4 @@ class ControlState:
             case PrepareFailed():
                 return self._losses.could_not_join(event.reason, now)
             case CommitFailed():
-                return self._owners.epochs.commit_failed(event.reason, now)
+                return self._transitions.commit_failed(event.reason, now)

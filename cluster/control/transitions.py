@@ -5,11 +5,13 @@ The change itself is carried out by its owner (cluster/control/change.py).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from elastic_moe.cluster.control.draining import drained
 from elastic_moe.cluster.control.owners import Owners
 from elastic_moe.cluster.decisions import reconcile
-from elastic_moe.cluster.facts.events import Command
-from elastic_moe.cluster.facts.facts import Cause, Change, Stage
+from elastic_moe.cluster.facts.events import Command, TransferDone, TransferFailed
+from elastic_moe.cluster.facts.facts import Cause, Change, Choice, Stage
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.cluster.placement import Placement
 
@@ -76,6 +78,28 @@ class Transitions:
 
     # --- Back ---------------------------------------------------------------------------------------------------
 
+    def transferred(self, event: TransferDone | TransferFailed, now: float) -> list[Command]:
+        """The transfer of the change has ended."""
+        taken_up = False
+        if isinstance(event, TransferFailed) and self._owners.epochs.is_current(event.epoch, Stage.TRANSFERRING):
+            again = self._interrupted(event.reason, now)
+            event, taken_up = replace(event, reason=again.reason), again.value
+        return self._owners.epochs.transferred(event, now, taken_up=taken_up)
+
+    def commit_failed(self, reason: str, now: float, cause: Cause = Cause.FLIP) -> list[Command]:
+        """Some workers may have begun the epoch."""
+        again = self._interrupted(reason, now)
+        return self._owners.epochs.commit_failed(again.reason, now, cause, taken_up=again.value)
+
+    def give_up(self, reason: str, now: float, *, at_once: bool = False) -> list[Command]:
+        """Roll the change back. It is tried again, unless it is a re-placement that nobody asked for, or a promotion.
+        at_once: without a pause."""
+        again = self._interrupted(reason, now)
+        return self._owners.epochs.give_up(again.reason, now, at_once=at_once, taken_up=again.value)
+
+    def _interrupted(self, reason: str, now: float) -> Choice[bool]:
+        return self._owners.rebalancing.interrupted(reason, self._owners.epochs.change, now)
+
     def give_way(self, reason: str, now: float) -> list[Command]:
         """End a promotion for something else."""
         change = self._owners.epochs.change
@@ -93,10 +117,11 @@ class Transitions:
         return self._owners.epochs.give_up(reason, now, at_once=True)
 
     def interrupt(self, reason: str, cause: Cause, now: float) -> list[Command]:
-        """The epoch in force cannot serve: give up every change that is not a recovery."""
+        """The epoch in force cannot serve: interrupt a planner, and give up every change that is not a recovery."""
         commands = self._owners.epochs.fail(reason, cause, now)
-        self._owners.rebalancing.cancel(reason)
         change = self._owners.epochs.change
-        if change is not None and change.stage is not Stage.COMMITTING and change.kind is not OperationKind.RECOVER:
-            commands += self._owners.epochs.give_up(reason, now, at_once=True)
+        if change is None:
+            self._interrupted(reason, now)
+        elif change.stage is not Stage.COMMITTING and change.kind is not OperationKind.RECOVER:
+            commands += self.give_up(reason, now, at_once=True)
         return commands

@@ -29,7 +29,8 @@ SURVIVORS_FIRST_S = 5.0
 READ_FIRST_S = 0.5
 """Seconds that survivors may read lost experts before they serve again. The rest is served from disk at first."""
 PROMOTION_S = 10.0
-"""Seconds that one promotion may read. What it brings is kept from then on, and a longer one could be lost longer."""
+"""Seconds that one promotion may read, unless one expert takes longer. What it brings is kept from then on, and what a
+longer one brings could be lost longer."""
 PROMOTION_PATIENCE_S = 5.0
 """Seconds that a new epoch serves without promotions while workers are starting, which read from disk too."""
 
@@ -188,9 +189,9 @@ def placement_for(facts: Facts, members: Sequence[WorkerRecord]) -> Placement:
     return assign_tiers(placement, facts.rooms(members), has, facts.load)
 
 
-def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
+def step_to(facts: Facts, goal: Placement, budget_s: float | None, *, at_least: int = 0) -> Placement:
     """The next placement on the way to `goal`. budget_s: seconds for which each of its members may read experts for it;
-    None: as long as it takes."""
+    None: as long as it takes. at_least: experts that each may read even if they take longer."""
     members = [facts.records[worker.id] for worker in goal.workers]
     rooms = facts.rooms(members)
     return next_step(
@@ -202,7 +203,7 @@ def step_to(facts: Facts, goal: Placement, budget_s: float | None) -> Placement:
         facts.load,
         lately={record.id: record.perhaps_serves for record in members if record.perhaps_serves is not None},
         most_new={
-            worker: None if room is None else room.affordable(budget_s, facts.model.expert_bytes)
+            worker: None if room is None else room.affordable(budget_s, facts.model.expert_bytes, at_least=at_least)
             for worker, room in rooms.items()
         },
     )
@@ -221,7 +222,8 @@ def promotion(facts: Facts, now: float) -> Choice[Placement | None]:
     coming = any(record.state is WorkerState.STARTING for record in facts.alive)
     if coming and now - facts.epoch_since < PROMOTION_PATIENCE_S:
         return Choice(None, "workers that are starting may take experts over")
-    step = step_to(facts, facts.goal, PROMOTION_S)
+    # workers that share a slow disk may need longer for one expert, and without that one they would never begin
+    step = step_to(facts, facts.goal, PROMOTION_S, at_least=1)
     if step == facts.spec.placement:
         return Choice(None, "no device has room for another expert")
     missing = facts.goal.resident_share - facts.spec.placement.resident_share

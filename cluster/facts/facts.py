@@ -125,7 +125,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planning:
-    """A planner at work, or a re-placement that is to be taken up again."""
+    """A planner at work, or a re-placement that waits to be begun again."""
 
     ticket: int
     operation_id: str
@@ -133,9 +133,8 @@ class Planning:
     requested: bool
     forced: bool
     """Whether a user named the planner: then its plan is carried out, even if no gain is predicted."""
-    interrupted: bool = False
-    """Whether the coordinator was restarted, or the members have changed, meanwhile. It is then taken up again from its
-    beginning."""
+    waits: bool = False
+    """Whether it was interrupted, and is begun again once the cluster serves and no change is under way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

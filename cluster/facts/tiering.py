@@ -41,9 +41,9 @@ class Room:
     host_bytes_per_s: float | None = None
     """Rate at which experts come from pinned memory; None where there is none."""
 
-    def affordable(self, budget_s: float | None, expert_bytes: int) -> int | None:
-        """Experts that are read from disk in `budget_s` seconds; None: without a limit."""
-        return None if budget_s is None else int(budget_s * self.disk_bytes_per_s / max(1, expert_bytes))
+    def affordable(self, budget_s: float | None, expert_bytes: int, *, at_least: int = 0) -> int | None:
+        """Experts that are read from disk in `budget_s` seconds, or `at_least` so many; None: without a limit."""
+        return None if budget_s is None else max(at_least, int(budget_s * self.disk_bytes_per_s / max(1, expert_bytes)))
 
 
 def cache_slots_of(device: int) -> int:

@@ -37,6 +37,8 @@ class EngineStatus:
     """Requests that got their first token. The next field is the sum of their waits for it in the engine."""
     first_tokens_s: float = 0.0
     epoch: int = 0
+    replicas: int = 1
+    """API replicas that are connected."""
 
     @property
     def num_requests(self) -> int:

@@ -18,11 +18,18 @@ from elastic_moe.cluster.errors import ConflictError, NotReadyError, RequestErro
 from elastic_moe.deploy.backend.backend import GenerationFailed
 from elastic_moe.deploy.generation.shortcut import Shortcut
 from elastic_moe.deploy.web.direct import connection_of
+from elastic_moe.deploy.web.methods import methods_of
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+INSTEAD = {
+    "/admin/config": "POST /admin/scale changes the number of workers, POST /admin/engines the number of groups, and"
+    " other settings take a redeploy, or a restart of `emoe serve`",
+    "/admin/workers": "POST /admin/scale changes their number, and retires some by name",
+}
+"""What to call where a path that only tells is asked to change something."""
 DONE = b"data: [DONE]\n\n"
 RETRY_AFTER_S = 2
 SLOW_READER_S = 15.0
@@ -67,9 +74,9 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
         case GenerationFailed():
             return 500, error_body(str(error), _kind(500), code="generation_failed")
         case HTTPException():
-            text = {404: "no such route", 405: "this route does not take that method"}.get(error.status_code)
-            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-            return error.status_code, error_body(text or str(error.detail), _kind(error.status_code), code=code)
+            text = "no such route" if error.status_code == 404 else str(error.detail)
+            code = "not_found" if error.status_code == 404 else None
+            return error.status_code, error_body(text, _kind(error.status_code), code=code)
     logger.error("internal error", exc_info=error)
     return 500, error_body("internal error; the server's log says more", _kind(500), code="internal_error")
 
@@ -95,8 +102,18 @@ def error_response(error: BaseException) -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
+def _other_method(request: Request) -> RequestError:
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    taken = " and ".join(methods_of(request.app.router.routes, request.scope))
+    hint = f"; {INSTEAD[path]}" if path in INSTEAD else ""
+    text = f"this route takes {taken}, not {request.method}{hint}"
+    return RequestError(text, code="method_not_allowed", status=405)
+
+
 def install_error_handlers(app: FastAPI) -> None:
-    async def handle(_: Request, error: Exception) -> Response:
+    async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            error = _other_method(request)
         return error_response(error)
 
     for kind in (UserError, ConflictError, NotReadyError, GenerationFailed, HTTPException):

@@ -12,14 +12,21 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.cluster.errors import NotReadyError
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, TokenOutput
 from elastic_moe.deploy.backend.ray_backend import RayBackend, task_failed
 from elastic_moe.deploy.backend.request_stream import RequestStream, TakesTokens
-from elastic_moe.deploy.backend.routing import GroupState, KnownPrefixes, by_name, choose, chunk_keys
+from elastic_moe.deploy.backend.routing import (
+    GroupState,
+    KnownPrefixes,
+    Loads,
+    Report,
+    by_name,
+    choose,
+    chunk_keys,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +34,6 @@ LOOK_S = 0.25
 """Seconds between two looks for groups that are lost, if no engine says so by its end."""
 LOAD_S = 1.0
 """Seconds between two questions to each engine about the requests of all replicas."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """What an engine has said last."""
-
-    others: int = 0
-    """Requests of other API replicas."""
-    workers: int = 1
-
-
-_NOTHING = _Load()
 
 
 class Router:
@@ -50,7 +45,9 @@ class Router:
         self._changed = changed
         self.wanted = len(groups)
         """Number of groups that take requests. Those after them are retired: their requests move away."""
-        self._loads: dict[int, _Load] = {}
+        self._loads = Loads()
+        self._asked: set[int] = set()
+        """Groups whose engines have been asked for their load and have not answered."""
         self._prefixes = KnownPrefixes(len(groups))
         self._background = Background(task_failed)
 
@@ -83,7 +80,7 @@ class Router:
                 yield output
         finally:
             # by now it may be another group than at the beginning
-            self._groups[stream.group].engine.give_up(stream, ended=ended)
+            self._give_up(stream, ended=ended)
             self._learn(stream)
 
     def _place(self, stream: RequestStream) -> int:
@@ -97,13 +94,18 @@ class Router:
         else:
             self._prefixes.groups = len(states)
             known = self._prefixes.known(chunk_keys(request.prompt_token_ids, request.cache_salt))
-            best = choose(states, known).value
+            best = choose(states, known, request.request_id).value
         if best is None:
             numbers = range(min(self.wanted, len(self._groups)))
             return max(numbers, key=lambda number: self._groups[number].served_at)
         stream.group = best
+        self._loads.placed(best, request.request_id)
         self._learn(stream)
         return best
+
+    def _give_up(self, stream: RequestStream, *, ended: bool) -> None:
+        self._groups[stream.group].engine.give_up(stream, ended=ended)
+        self._loads.left(stream.group, stream.request.request_id)
 
     def _learn(self, stream: RequestStream) -> None:
         """The group of this request has its tokens so far in its prefix caches, or will have them soon."""
@@ -115,12 +117,10 @@ class Router:
 
     def states(self) -> list[GroupState]:
         """What is known here of each group now."""
-        states = []
-        for number, group in enumerate(self._groups):
-            load = self._loads.get(number, _NOTHING)
-            serves = group.serves and number < self.wanted
-            states.append(GroupState(serves=serves, requests=len(group.engine) + load.others, workers=load.workers))
-        return states
+        return [
+            self._loads.state(number, len(group.engine), serves=group.serves and number < self.wanted)
+            for number, group in enumerate(self._groups)
+        ]
 
     def cancel(self, request_id: RequestId) -> None:
         next((g for g in self._groups if request_id in g.engine), self._groups[0]).engine.cancel(request_id)
@@ -156,6 +156,7 @@ class Router:
             before, lost = lost, {n for n, g in enumerate(self._groups) if n >= self.wanted or g.is_lost(now)}
             for number in lost - before:
                 self._prefixes.forget(number)
+                self._loads.forget(number)
             for number in lost:
                 self._move_requests(number)
 
@@ -167,21 +168,28 @@ class Router:
         what = "lost" if lost < self.wanted else "retired"
         logger.warning("group %d is %s: %d requests go on in other groups", lost, what, len(streams))
         for stream in streams:
-            self._groups[lost].engine.give_up(stream, ended=False)
+            self._give_up(stream, ended=False)
             self._groups[self._place(stream)].engine.take_over(stream)
 
     async def _watch_loads(self) -> None:
         """Ask the groups' engines for the requests of all replicas, again and again. Never returns."""
         while True:
-            if len(self._groups) > 1:
-                await asyncio.gather(*(self._ask_load(n, group) for n, group in enumerate(self._groups)))
+            for number, group in enumerate(self._groups if len(self._groups) > 1 else ()):
+                # each by itself: an engine that hangs keeps nobody's answer waiting
+                if number not in self._asked:
+                    self._background.start(self._ask_load(number, group))
             await asyncio.sleep(LOAD_S)
 
     async def _ask_load(self, number: int, group: RayBackend) -> None:
-        with contextlib.suppress(NotReadyError):
-            before = len(group.engine)
+        self._asked.add(number)
+        try:
+            before, counted = len(group.engine), self._loads.asked(number)
             status = await group.engine.status()
-            total = sum(status.running.values()) + status.waiting
-            # those of this replica that have ended meanwhile are nobody else's
-            others = max(0, total - max(before, len(group.engine)))
-            self._loads[number] = _Load(others=others, workers=len(status.running) or 1)
+        except NotReadyError:
+            return
+        finally:
+            self._asked.discard(number)
+        # those of this replica that have ended meanwhile are nobody else's
+        others = max(0, status.num_requests - max(before, len(group.engine)))
+        report = Report(others=others, workers=len(status.running) or 1, replicas=max(1, status.replicas))
+        self._loads.told(number, report, counted)

@@ -5,10 +5,12 @@ deploy/structured/requested.py makes a grammar of them.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from elastic_moe.cluster.lines import meant
 from elastic_moe.deploy.bodies.base import Body
 
 MAX_GRAMMAR_CHARS = 1 << 17
@@ -69,6 +71,20 @@ class StructuredOutputs(Body):
     disable_any_whitespace: bool | None = None
     disable_additional_properties: bool | None = None
     whitespace_pattern: Annotated[str, Field(max_length=1024)] | None = None
+
+    HARMLESS = frozenset({"backend", "disable_fallback", "_backend", "_backend_was_auto"})
+    """vLLM's names of the code that makes the masks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, data: Any) -> Any:
+        """An unknown field may be a misspelt one, without which the answer would have any form."""
+        names = sorted(cls.known() - cls.HARMLESS - {"json_"})
+        for name in data if isinstance(data, dict) else ():
+            if name not in names and name not in cls.HARMLESS:
+                hint = meant(name, names) or f"; expected one of {', '.join(names)}"
+                raise ValueError(f"unknown field {reprlib.repr(name)}{hint}")
+        return data
 
 
 class StructuredFields(Body):

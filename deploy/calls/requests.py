@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 import urllib.error
 import urllib.request
+from urllib.parse import urlsplit
+
+from elastic_moe.cluster.errors import ConfigError
 
 URL = "http://127.0.0.1:8000"
 """Where a server is that was started without --host and --port."""
 
 MOST_BYTES = 64 << 20
 """Most bytes of an answer that are read. 64 workers of 58 layers with 256 experts make less than a megabyte."""
+
+
+def server_url(text: str) -> str:
+    """The address that --url gives, without a slash at its end. Raises ConfigError where it is none of a server."""
+    try:
+        parts = urlsplit(text)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        # brackets that do not match, or a port that is no number
+        is_one = False
+    if is_one:
+        return text.rstrip("/")
+    hint = f"; http://{text} has the scheme" if re.fullmatch(r"[\w.-]+(:\d+)?/?", text) else ""
+    raise ConfigError(f"--url: expected http://HOST:PORT or https://HOST:PORT, got {reprlib.repr(text)}{hint}")
 
 
 def request_with_key(url: str, api_key: str | None, data: bytes | None = None) -> urllib.request.Request:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ from typing import Any
 from elastic_moe.cluster.config import MOST_WORKERS
 from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.cluster.setting import number_flag
-from elastic_moe.deploy.calls.requests import URL, message_of, request_with_key
+from elastic_moe.deploy.calls.requests import URL, message_of, request_with_key, server_url
 
+LOOK_S = 0.5
+"""Seconds between two looks at an operation."""
 TIMEOUT_S = 60.0
 """Seconds to wait for one answer of the server."""
 
@@ -44,13 +47,20 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--engine", type=number_flag(int, 0, MOST_WORKERS - 1), metavar="N",
         help="number of the group that is changed (0), and listed (all)",
     )  # fmt: skip
+    scale.add_argument(
+        "--wait",
+        action="store_true",
+        help="with --workers or --retire: wait until that is done, and tell how far it is; exit code 2 if it fails",
+    )
     scale.set_defaults(run=run_scale)
 
 
 def run_scale(args: argparse.Namespace) -> int:
     """Raises UserError with what the server says against it."""
-    url = args.url.rstrip("/")
+    url = server_url(args.url)
     change = {name: getattr(args, name) for name in ("workers", "retire") if getattr(args, name) is not None}
+    if args.wait and not change:
+        raise ConfigError("--wait: needs --workers or --retire, for whose end it waits")
     if args.data_parallel_size is not None:
         if change or args.engine is not None:
             raise ConfigError(
@@ -59,8 +69,15 @@ def run_scale(args: argparse.Namespace) -> int:
         told = _call(f"{url}/admin/engines", args.api_key, {"data_parallel_size": args.data_parallel_size})
         print(f"from {told['data_parallel_size_before']} to {told['data_parallel_size']} groups")
     elif change:
-        told = _call(f"{url}/admin/scale?engine={args.engine or 0}", args.api_key, change)
-        print(f"operation {told['operation_id']}: {told['reason']}")
+        of_group = f"?engine={args.engine or 0}"
+        told = _call(f"{url}/admin/scale{of_group}", args.api_key, change)
+        name = told["operation_id"]
+        print(f"operation {name}: {told['reason']}")
+        where = f"{url}/admin/operations/{name}{of_group}"
+        if args.wait:
+            _wait(where, args.api_key)
+        else:
+            print(f"how far it is: curl '{where}'; --wait waits for its end")
     engines = _call(f"{url}/admin/engines", args.api_key)
     if args.engine is not None and args.engine >= len(engines):
         known = "0, since there is one group" if len(engines) == 1 else f"0 to {len(engines) - 1}"
@@ -69,6 +86,24 @@ def run_scale(args: argparse.Namespace) -> int:
         if args.engine in (None, engine["engine"]):
             print(_line(engine))
     return 0
+
+
+def _wait(url: str, api_key: str | None) -> None:
+    """Tell how far the operation is until it has ended. Raises UserError if it fails, or the server cannot be asked."""
+    before = ""
+    while True:
+        told = _call(url, api_key)
+        phase, error = told["phase"], told["error"]
+        if phase == "failed":
+            raise UserError(f"operation {told['operation_id']} has failed: {error}")
+        if phase == "completed":
+            print(f"completed: {told['reason']}")
+            return
+        line = f"{phase}, {told['progress']:.0%}" + ("" if error is None else f" (it is tried again: {error})")
+        if line != before:
+            print(line, flush=True)
+        before = line
+        time.sleep(LOOK_S)
 
 
 def _line(engine: Mapping[str, Any]) -> str:

@@ -11,11 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.cluster.setting import DAY_S, MILLION, number_flag
-from elastic_moe.deploy.calls.requests import MOST_BYTES, URL, message_of, request_with_key
+from elastic_moe.deploy.calls.requests import MOST_BYTES, URL, message_of, request_with_key, server_url
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,9 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run_top(args: argparse.Namespace) -> int:
     """Draw until Ctrl-C. Raises UserError if the server cannot be asked at all."""
-    parts = urlsplit(args.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--url: expected http://HOST:PORT, got {args.url!r}")
+    url = server_url(args.url)
     from rich.console import Console
 
     from elastic_moe.deploy.cli.top_view import render
@@ -67,7 +64,7 @@ def run_top(args: argparse.Namespace) -> int:
     console = Console()
     if not args.once and not console.is_terminal:
         raise ConfigError("top draws on a terminal, and the output is none: --once prints what is seen")
-    watch = _Watch(args.url.rstrip("/"), args.api_key, args.engine)
+    watch = _Watch(url, args.api_key, args.engine)
     view = watch.look()
     try:
         if args.once:

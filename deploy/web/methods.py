@@ -16,6 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
+def methods_of(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+    """The methods for which the path of `scope` has a route."""
+    return [method for method in METHODS if _has(routes, scope, method)]
+
+
+def _has(routes: Sequence[BaseRoute], scope: Scope, method: str) -> bool:
+    asked = {**scope, "method": method}
+    return any(route.matches(asked)[0] is Match.FULL for route in routes)
+
+
 class Methods:
     """ASGI middleware around the application whose `routes` it is given."""
 
@@ -34,12 +44,11 @@ class Methods:
             await self._app(scope, receive, self._naming_all(scope, send))
 
     def _has(self, scope: Scope, method: str) -> bool:
-        asked = {**scope, "method": method}
-        return any(route.matches(asked)[0] is Match.FULL for route in self._routes)
+        return _has(self._routes, scope, method)
 
     def _allowed(self, scope: Scope) -> str:
         """The methods of the path as in `Allow`; empty where there is no such path."""
-        found = [method for method in METHODS if self._has(scope, method)]
+        found = methods_of(self._routes, scope)
         if "GET" in found and "HEAD" not in found:
             found.insert(1, "HEAD")
         return ", ".join([*found, "OPTIONS"]) if found else ""

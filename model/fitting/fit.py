@@ -34,13 +34,14 @@ from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
 from elastic_moe.model.experts.cpu import CpuExperts, not_native
 from elastic_moe.model.experts.interface import LayerExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
-from elastic_moe.model.fitting.attention_half import decoder_layers, fit_layers
+from elastic_moe.model.fitting.attention_half import FittedLayer, decoder_layers, fit_layers
 from elastic_moe.model.fitting.feed_forward import join_feed_forwards
 from elastic_moe.model.fitting.gpu_ops import fit_gpu_trunk
+from elastic_moe.model.fitting.latent_half import LatentLayer
 from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
 from elastic_moe.model.fitting.small_ops import fit_trunk
-from elastic_moe.model.fitting.state_layers import fit_states, join_state_halves, join_states
+from elastic_moe.model.fitting.state_layers import FittedStateLayer, fit_states, join_state_halves, join_states
 from elastic_moe.model.fitting.whole_stack import join_layers
 from elastic_moe.model.gpu.refusals import gpu_refusal
 from elastic_moe.model.native import attention as native_attention
@@ -137,11 +138,10 @@ def fit(
     else:
         apart = refusal or f"attention is not native: {apart}"
     _note_trunk(trunk, len(experts), None if kernels else refusal, apart, notes)
+    _note_layers(trunk, states.layers, apart, notes)
     if notes.count(Part.ATTENTION_HALF) == joined_states:
         why = refusal or "no layer has a part named self_attn"
         notes.add(Part.ATTENTION_HALF, "attention layers", CodePath.TRANSFORMERS, why, count=len(shapes.kv))
-    for stateful in states.layers:
-        notes.add(Part.LAYERS, type(stateful.module).__name__, CodePath.TRANSFORMERS, apart)
     expert_layers = [layer_experts(module, form) for module in experts]
     return Fit(
         packed_bytes=packed_bytes,
@@ -219,7 +219,7 @@ def _note_attention(
 
 
 def _note_trunk(trunk: nn.Module, moe_layers: int, refusal: str | None, apart: str | None, notes: FitNotes) -> None:
-    """Note router, norms, rotary, attention halves and layers.
+    """Note router, norms, rotary and attention halves.
 
     `refusal` says why no part of the trunk is native, and `apart` why the layers are not one call. None means they are.
     """
@@ -229,12 +229,21 @@ def _note_trunk(trunk: nn.Module, moe_layers: int, refusal: str | None, apart: s
     elif (others := moe_layers - notes.count(Part.ROUTER)) > 0:
         why = "no module chooses experts by a matrix of its own"
         notes.add(Part.ROUTER, "others", CodePath.TRANSFORMERS, why, count=others)
-    halves_noted = notes.count(Part.ATTENTION_HALF) > 0
-    for layer in decoder_layers(trunk):
-        kind = type(layer).__name__
-        notes.add(Part.LAYERS, kind, CodePath.TRANSFORMERS if apart else CodePath.JOINED, apart)
-        if not halves_noted:
-            notes.add(Part.ATTENTION_HALF, kind, CodePath.TRANSFORMERS, apart)
+    for layer in decoder_layers(trunk) if notes.count(Part.ATTENTION_HALF) == 0 else ():
+        notes.add(Part.ATTENTION_HALF, type(layer).__name__, CodePath.TRANSFORMERS, apart)
+
+
+def _note_layers(trunk: nn.Module, states: Sequence[StateLayer], apart: str | None, notes: FitNotes) -> None:
+    """Note the decoder layers, which run one by one if `apart` says why: some by native calls, others by their own
+    code."""
+    parents = {child: module for module in trunk.modules() for child in module.children()}
+    stateful = [parents.get(layer.module, layer.module) for layer in states]
+    for layer in dict.fromkeys([*decoder_layers(trunk), *stateful]):
+        path = CodePath.JOINED
+        if apart is not None:
+            fitted = isinstance(layer.forward, FittedLayer | LatentLayer | FittedStateLayer)
+            path = CodePath.NATIVE if fitted else CodePath.TRANSFORMERS
+        notes.add(Part.LAYERS, type(layer).__name__, path, apart)
 
 
 def _apart(row: PartFit) -> PartFit:

@@ -94,7 +94,7 @@ def _check_operations(state: ControlState, facts: Facts) -> None:
             member = facts.records.get(worker)
             serves = facts.outage is None and worker in facts.ranks
             assert member is None or not (member.alive or member.has.any() or serves), "safe means out of use"
-    if facts.planning is not None:
+    if facts.planning is not None and not facts.planning.waits:
         assert facts.change is None, "no plan is made while the placement changes"
     if facts.spec is not None and facts.outage is not None and running is None and not facts.rests:
         assert any(op.kind is OperationKind.RECOVER for op in open_ones), "a recovery is on record"

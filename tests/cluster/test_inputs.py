@@ -44,6 +44,15 @@ JSON = st.recursive(
         ("step_timeout: .nan", "step_timeout: expected a finite number, got nan"),
         ("workers: 2\nworkers: 3", "key 'workers' is there 2 times"),
         ("? [1]\n: 2", "while constructing a mapping"),
+        (
+            "args:\n  max-model-len: 32k",
+            "unknown key 'args': settings are not nested here; .* such as 'max-model-len', at",
+        ),
+        (
+            "http_options: {}\napplications:\n- name: emoe\n  args: {workers: 2}",
+            "this is a file for `serve deploy`: `emoe serve` takes",
+        ),
+        ("a: &a [*a]", "unknown key 'a'"),
     ],
 )
 def test_yaml(tmp_path: Path, text: str, message: str) -> None:

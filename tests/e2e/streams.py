@@ -21,12 +21,12 @@ class Stream(threading.Thread):
         self.stamps: list[float] = []
         self.finish_reason: str | None = None
         self._server, self._tokens = server, tokens
+        # made here: where threads make theirs at the same time, the last one begins a second after the first
+        self._create = server.client().completions.create
         self.start()
 
     def run(self) -> None:
-        for event in self._server.client().completions.create(
-            model=MODEL, prompt=PROMPT, max_tokens=self._tokens, stream=True, **GREEDY
-        ):
+        for event in self._create(model=MODEL, prompt=PROMPT, max_tokens=self._tokens, stream=True, **GREEDY):
             self.text += event.choices[0].text
             self.finish_reason = event.choices[0].finish_reason
             self.stamps.append(time.monotonic())

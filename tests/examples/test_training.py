@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import random
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -15,8 +17,9 @@ import pytest
 import torch
 
 from elastic_moe.optimizer.study.traces import Trace
-from examples import corpus, train_builtin
-from examples.publish_builtin import shares
+from examples import corpus, training
+from examples.publishing import shares
+from tests.paths import ROOT
 
 
 def tar(files: dict[str, bytes]) -> bytes:
@@ -82,18 +85,18 @@ def test_a_package_that_differs_is_refused(tmp_path: Path) -> None:
         corpus._files(corpus.SUBJECTS[0], tmp_path)
 
 
-SMALL = dataclasses.replace(train_builtin.RECIPE, vocabulary=300, hidden=64, layers=2, expert_width=16)
+SMALL = dataclasses.replace(training.RECIPE, vocabulary=300, hidden=64, layers=2, expert_width=16)
 
 
 def test_experts_as_transformers_has_them() -> None:
     """Their gradients; three tokens leave most experts without any."""
     torch.manual_seed(0)
-    ours, theirs = (train_builtin.build_model(SMALL, 0) for _ in range(2))
+    ours, theirs = (training.build_model(SMALL, 0) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     theirs.set_experts_implementation("eager")
     ids = torch.randint(300, (1, 4))
     for model in (ours, theirs):
-        text, balance = train_builtin.losses(model, ids)
+        text, balance = training.losses(model, ids)
         (text + balance).backward()
     pairs = zip(ours.named_parameters(), theirs.parameters(), strict=True)
     for (name, mine), other in pairs:
@@ -102,20 +105,26 @@ def test_experts_as_transformers_has_them() -> None:
 
 
 def test_learning_rate() -> None:
-    rates = [train_builtin.learning_rate(SMALL, step, done) for step, done in [(0, 0), (500, 0.3), (500, 0.8), (9, 1)]]
+    rates = [training.learning_rate(SMALL, step, done) for step, done in [(0, 0), (500, 0.3), (500, 0.8), (9, 1)]]
     peak = SMALL.learning_rate
     assert rates == pytest.approx([peak / 100, peak, peak / 2, 0])
 
 
 def test_batches_hold_every_subject_and_depend_on_step_and_process_alone() -> None:
     tokens = {name: np.full(1000, n, dtype=np.uint16) for n, name in enumerate("abcde")}
-    batch = train_builtin.batch(SMALL, tokens, 3, 1)
+    batch = training.batch(SMALL, tokens, 3, 1)
     assert batch.shape == (SMALL.sequences_per_process, SMALL.sequence + 1)
     assert sorted(batch[:, 0].tolist()) == [0, 1, 2, 3, 4]
-    assert torch.equal(batch, train_builtin.batch(SMALL, tokens, 3, 1))
+    assert torch.equal(batch, training.batch(SMALL, tokens, 3, 1))
 
 
 def test_shares_of_a_trace() -> None:
     ids = np.array([[[0, 1]], [[0, 2]]], dtype=np.int16)
     trace = Trace(topk_ids=ids, request_lengths=np.array([2]), num_experts=4)
     assert shares(trace).tolist() == [[0.5, 0.25, 0.25, 0.0]]
+
+
+@pytest.mark.parametrize("name", ["change_of_subject", "picture_of_the_page", "publish_builtin", "train_builtin"])
+def test_help_does_not_wait_for_pytorch(name: str) -> None:
+    code = f"import examples.{name}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

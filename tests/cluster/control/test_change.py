@@ -36,8 +36,10 @@ from tests.cluster.stories import IDLE, W0, W1, newest, placement_of, sent, serv
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_death_during_a_rebalance_rolls_it_back_and_recovers(stage: int) -> None:
     """While transferring, preparing, committing."""
-    sim = serving(3)
-    sim.feed(RebalanceRequested(planner="auto"))
+    sim = serving(3, interval_s=5.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    sim.now += 10
+    sim.feed(Tick())
     rebalance = newest(sim).operation_id
     sim.finish(0)
     for _ in range(stage):

@@ -12,6 +12,7 @@ from elastic_moe.cluster.facts.events import (
     Abandon,
     PlaceRequested,
     RebalanceRequested,
+    Reconfigured,
     ScaleRequested,
     Solve,
     StartWorker,
@@ -32,6 +33,17 @@ FAST = 1e6
 def share(sim: Simulation) -> float:
     assert sim.facts.spec is not None
     return sim.facts.spec.placement.resident_share
+
+
+def redeployed(workers: int) -> Reconfigured:
+    return Reconfigured(
+        workers=workers,
+        min_workers=None,
+        max_workers=None,
+        autoscale_window_s=15.0,
+        rebalance_interval_s=0.0,
+        drain_timeout_s=30.0,
+    )
 
 
 def test_a_start_with_too_little_memory_serves_with_what_fits() -> None:
@@ -98,6 +110,23 @@ def test_promotions_bring_in_what_fits_while_a_replacement_does_not_come() -> No
     promotions = [op for op in sim.state.operations.all() if op.kind is OperationKind.PROMOTE]
     assert [op.phase for op in promotions] == [Phase.COMPLETED] * 3
     assert sim.state.readiness().reason == "serving"
+
+
+def test_an_expert_that_takes_longer_to_read_than_a_promotion_may_last_comes_in_too() -> None:
+    """Found by test_state_machine.py: five workers share a disk that brings an expert to each in 12.5 seconds."""
+    sim = Simulation(workers=3, capacity=PART // 2, disk=SLOW)
+    sim.feed(Tick())
+    sim.feed(redeployed(2))
+    while not sim.facts.serves:
+        sim.finish(0)
+    sim.feed(redeployed(3))
+    sim.finish(0)
+    sim.feed(redeployed(5))
+    sim.lose_engine()
+    sim.settle()
+    assert (len(sim.facts.ranks), share(sim)) == (5, 1.0)
+    promotions = [op for op in sim.state.operations.all() if op.kind is OperationKind.PROMOTE]
+    assert len(promotions) == LAYERS, "one worker lacks an expert of each layer, and reads one at a time"
 
 
 def test_a_few_lost_experts_are_read_before_survivors_serve() -> None:

@@ -35,7 +35,7 @@ class Faults(RuleBasedStateMachine):
         settled=st.booleans(),
         limits=st.sampled_from([(None, None), (None, 5), (0, 5)]),
         capacity=st.sampled_from([None, LAYERS * EXPERTS, LAYERS * EXPERTS // 2, LAYERS * 2, LAYERS]),
-        disk=st.sampled_from([None, 400.0, 4000.0, 1e6]),
+        disk=st.sampled_from([None, 40.0, 400.0, 4000.0, 1e6]),
         nodes=st.booleans(),
     )
     def start(

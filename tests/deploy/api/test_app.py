@@ -76,8 +76,19 @@ def test_bodies_that_are_too_large_or_of_another_type(call: Call) -> None:
 def test_unknown_routes_and_methods(call: Call) -> None:
     assert error(call("GET", "/v2/nothing"), 404)["code"] == "not_found"
     response = call("GET", "/v1/completions")
-    assert error(response, 405)["code"] == "method_not_allowed"
+    told = error(response, 405)
+    assert (told["code"], told["message"]) == ("method_not_allowed", "this route takes POST, not GET")
     assert "POST" in response.headers["allow"]
+    for path, method, words in (
+        (
+            "/admin/config",
+            "PUT",
+            "takes GET, not PUT; POST /admin/scale changes the number of workers, POST /admin/eng",
+        ),
+        ("/admin/workers", "DELETE", "takes GET, not DELETE; POST /admin/scale changes their number"),
+        ("/admin/placement", "POST", "this route takes GET and PUT, not POST"),
+    ):
+        assert words in error(call(method, path), 405)["message"]
 
 
 def test_errors_of_the_engine(call: Call) -> None:

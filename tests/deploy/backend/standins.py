@@ -69,6 +69,10 @@ class Engine(Actor):
         self.started = True
         self.refuses = False
         self.drops = 0
+        self.load = EngineStatus()
+        """What it says of its requests."""
+        self.silent = False
+        """It does not say it."""
         self.clients = Clients(self, submitted=lambda: None)
         self.address: Endpoint | None = None
         self.opening = asyncio.Lock()
@@ -100,7 +104,9 @@ class Engine(Actor):
         return self.address
 
     async def status(self) -> EngineStatus:
-        return EngineStatus()
+        if self.silent:
+            await asyncio.sleep(3600)
+        return self.load
 
     def add(self, request: GenerateRequest) -> TokenOutput | None:
         if self.refuses:

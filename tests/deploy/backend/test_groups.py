@@ -10,7 +10,8 @@ import pytest
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
-from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.cluster.messages.views import EngineStatus, Readiness
+from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.deploy.backend import engine_client, groups, ray_backend, router
 from elastic_moe.deploy.backend.groups import Groups, together
 from elastic_moe.deploy.backend.ray_backend import RayBackend
@@ -20,6 +21,8 @@ from tests.deploy.backend.standins import ENGINES, Coordinator, Engine, release,
 LENGTH = 20
 EXPECTED = [100 + n for n in range(LENGTH)]
 PROMPT = tuple(range(2 * CHUNK))
+FIRST = "c"
+"""A request of this name goes to the first of two groups that are equally busy."""
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +122,7 @@ def test_requests_spread_by_load_and_prefixes_stay_together() -> None:
         for number, prompt in enumerate(prompts):
             answers.append(cluster.ask(f"p{number}", prompt))
             await until(lambda number=number: any(f"p{number}" in n for n in cluster.names()))  # type: ignore[misc]
-        first, second = cluster.names()
+        first, second = (next(names for names in cluster.names() if name in names) for name in ("p0", "p1"))
         assert {"p0", "p2"} <= first
         assert {"p1", "p3"} <= second
         for engine in cluster.engines:
@@ -169,16 +172,39 @@ def test_a_lost_engine_costs_no_token(made: int) -> None:
     run(scenario)
 
 
+def test_the_load_is_what_each_engine_said_last_even_if_another_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(router, "LOAD_S", 0.005)
+
+    async def scenario(cluster: Cluster) -> None:
+        silent, busy, _ = cluster.engines
+        silent.silent = True
+        busy.load = EngineStatus(running={WorkerId("w0"): 5, WorkerId("w1"): 4}, waiting=1, replicas=3)
+        await until(lambda: cluster.router.states()[1].load == 5)
+        busy.load = EngineStatus(waiting=2, replicas=3)
+        await until(lambda: cluster.router.states()[1].load == 2)
+        answers = [cluster.ask(name) for name in "abcd"]
+        await until(lambda: [len(names) for names in cluster.names()] == [2, 0, 2])
+        cluster.engines[1].kill()
+        await until(lambda: cluster.router.states()[1].requests == 0)
+        for engine in cluster.engines:
+            release(engine, 100)
+        assert await asyncio.gather(*answers) == [EXPECTED] * 4
+
+    run(scenario, number=3)
+
+
 def test_workers_that_are_away_for_long_are_lost_and_the_engine_is_told() -> None:
     async def scenario(cluster: Cluster) -> None:
-        answer = cluster.ask("a")
+        answer = cluster.ask(FIRST)
         engine, other = cluster.engines
-        await until(lambda: "a" in engine.running)
+        await until(lambda: FIRST in engine.running)
         release(engine, 5)
-        await until(lambda: engine.running["a"][1] == 5)
+        await until(lambda: engine.running[FIRST][1] == 5)
         cluster.coordinators[0].reason = "recovering"
-        await until(lambda: "a" in other.running)
-        await until(lambda: engine.aborted == ["a"])
+        await until(lambda: FIRST in other.running)
+        await until(lambda: engine.aborted == [FIRST])
         release(other, 100)
         assert await answer == EXPECTED
         cluster.coordinators[0].reason = None
@@ -192,12 +218,12 @@ def test_a_short_outage_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_backend, "MOVE_S", 60.0)
 
     async def scenario(cluster: Cluster) -> None:
-        answer = cluster.ask("a")
-        await until(lambda: "a" in cluster.engines[0].running)
+        answer = cluster.ask(FIRST)
+        await until(lambda: FIRST in cluster.engines[0].running)
         cluster.coordinators[0].reason = "recovering"
         await until(lambda: not cluster.router.states()[0].serves)
         await asyncio.sleep(0.05)
-        assert cluster.names() == [{"a"}, set()]
+        assert cluster.names() == [{FIRST}, set()]
         late = cluster.ask("late", PROMPT)
         await until(lambda: "late" in cluster.engines[1].running)
         for engine in cluster.engines:

@@ -55,6 +55,23 @@ def test_large_bodies_are_not_decoded_here(call: Call, monkeypatch: pytest.Monke
     assert "JSON object" in placement.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body", "key"),
+    [
+        ("POST", "/v1/completions", '{"prompt": "a", "max_tokens": 1, "max_tokens": 2}', "max_tokens"),
+        ("POST", "/admin/scale", '{"workers": 1, "retire": [], "workers": 2}', "workers"),
+        ("PUT", "/admin/placement", '{"workers": [{"id": "w0", "id": "w1"}]}', "id"),
+        ("POST", "/v1/completions", '{"prompt": "' + "a" * bodies.LARGE_BYTES + '", "n": 1, "n": 1}', "n"),
+    ],
+)
+def test_equal_keys_are_refused(call: Call, method: str, path: str, body: str, key: str) -> None:
+    answer = call(method, path, content=body.encode(), headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, key, "invalid_json")
+    assert error["message"] == f"the key '{key}' is there 2 times in one object"
+    assert error["type"] == "invalid_request_error"
+
+
 def test_long_texts_are_not_tokenised_here(
     call: Call, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

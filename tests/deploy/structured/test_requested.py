@@ -116,3 +116,12 @@ def test_refused(fields: dict[str, Any], param: str) -> None:
     assert caught.value.status == 400
     assert (caught.value.param or "").startswith(param)
     assert str(caught.value).startswith(param)
+
+
+def test_an_unknown_field_of_structured_outputs_is_named() -> None:
+    with pytest.raises(RequestError, match=r"structured_outputs: unknown field 'regx' .did you mean regex") as caught:
+        asked({"structured_outputs": {"regx": "a"}})
+    assert (caught.value.param, caught.value.code) == ("structured_outputs", "invalid_value")
+    with pytest.raises(RequestError, match="unknown field 'strict'; expected one of choice, "):
+        asked({"structured_outputs": {"regex": "a", "strict": True}})
+    assert asked({"structured_outputs": {"regex": "a", "backend": "xgrammar", "disable_fallback": True}})

@@ -69,6 +69,24 @@ def test_every_slower_path_has_a_reason(
         assert reasons(report, Part.ATTENTION_HALF) == [WHY_NO_HALF[family]]
 
 
+@pytest.mark.parametrize(
+    ("family", "native", "others"),
+    [("qwen3_next", 4, 0), ("kimi_linear", 3, 1), ("nemotron_h", 2, 0), ("jamba", 0, 4), ("qwen2_moe", 3, 0)],
+)
+def test_layers_that_are_native_calls_one_by_one_say_so(
+    lib: ctypes.CDLL, family: str, native: int, others: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rows = report_of(tiny_checkpoint(family, tmp_path_factory)).of(Part.LAYERS)
+    counts = {path: sum(row.count for row in rows if row.path is path) for path in CodePath}
+    assert (counts[CodePath.NATIVE], counts[CodePath.TRANSFORMERS], sum(counts.values())) == (
+        native,
+        others,
+        # each layer once, and by its own name, not that of what keeps its state
+        native + others,
+    )
+    assert {row.modules.endswith(("DecoderLayer", "Block")) for row in rows} == {True}
+
+
 def test_parts_without_native_code_say_so(tmp_path_factory: pytest.TempPathFactory) -> None:
     report = report_of(tiny_checkpoint("mixtral", tmp_path_factory), torch.float32)
     why = "the native library computes in bfloat16, not in float32"
