@@ -1,8 +1,9 @@
 """Counts routing decisions on one worker: exact load per layer and expert, and a sample of tokens with their choices.
 
 All layers' choices are counted at once, after the step, on the device where they are: nothing is copied to the host
-before `take`. A step that failed is not counted. Prefill and decode are counted apart, with the time that steps of each
-kind take. cluster/facts/sampling.py says how exact the sample is.
+before `take`. On the CPU, some decode steps are counted together: PyTorch's operators take as long for one alone. A
+step that failed is not counted. Prefill and decode are counted apart, with the time that steps of each kind take.
+cluster/facts/sampling.py says how exact the sample is.
 
 Legend: P phases (prefill, decode), T tokens, S sampled tokens, K choices, L MoE layers, E logical experts.
 """
@@ -20,6 +21,10 @@ from torch import Tensor
 from elastic_moe.cluster.facts.sampling import REPORT_BYTES, as_choices, most_tokens
 from elastic_moe.cluster.messages.epochs import PhaseCounts, RoutingCounts
 from elastic_moe.model.staging import to_device
+
+_STEPS_TOGETHER = 32
+_TOKENS_TOGETHER = 1024
+"""Decode steps that are counted together have no more tokens than that."""
 
 
 class Notes(Protocol):
@@ -49,6 +54,9 @@ class RoutingCounter:
         self._layers = num_layers
         self._experts = num_experts
         self._step: list[Tensor] = []
+        self._waiting: list[list[Tensor]] = []
+        """Choices of decode steps that have been committed and are not counted yet."""
+        self._waiting_tokens = 0
         self._lock = threading.Lock()
         self._rng = rng or np.random.default_rng(0)
         self._rate = 1.0
@@ -69,9 +77,23 @@ class RoutingCounter:
     def commit_step(self, chunks: Sequence[int]) -> None:
         """Count the step's choices. `chunks` are the tokens of each sequence, in order; one token means decode."""
         step, self._step = self._step, []
-        if sum(map(len, step)) == self._layers and step[0].numel():
-            with self._lock:
-                self._add_step(step[0] if len(step) == 1 else torch.cat(step), chunks)
+        if sum(map(len, step)) != self._layers or not step[0].numel():
+            return
+        with self._lock:
+            # recorded steps write their choices to the same memory each time
+            if step[0].device.type == "cpu" and chunks.count(1) == len(chunks):
+                self._waiting.append(step)
+                self._waiting_tokens += len(chunks)
+                if len(self._waiting) >= _STEPS_TOGETHER or self._waiting_tokens >= _TOKENS_TOGETHER:
+                    self._count_waiting()
+            else:
+                self._add_step(_joined(step), chunks)
+
+    def _count_waiting(self) -> None:
+        if self._waiting:
+            steps, tokens = self._waiting, self._waiting_tokens
+            self._waiting, self._waiting_tokens = [], 0
+            self._add_step(torch.cat(list(map(_joined, steps)), 1), [1] * tokens)
 
     def note_time(self, seconds: float, tokens: int, *, decode: bool) -> None:
         """Note that a step of `tokens` tokens on all workers took `seconds`. `decode`: no worker ran a long prompt in
@@ -84,6 +106,7 @@ class RoutingCounter:
     def take(self) -> RoutingCounts:
         """Return the counts since the last call, and start anew."""
         with self._lock:
+            self._count_waiting()
             tokens, seconds, step_tokens = self._tokens, self._seconds, self._step_tokens
             load_PLE, sample = self._load_PLE, self._sample
             # a time like the last one needs this rate; if it has fewer tokens, the next one gets more of them
@@ -136,6 +159,11 @@ class RoutingCounter:
         self._seconds = [0.0, 0.0]
         self._step_tokens = [0, 0]
         self._load_PLE, self._sample, self._sampled = None, [], 0
+
+
+def _joined(step: Sequence[Tensor]) -> Tensor:
+    """[L, T, K] of the choices of some layers each."""
+    return step[0] if len(step) == 1 else torch.cat(list(step))
 
 
 def _add(table_LE: Tensor, index_LTK: Tensor, change: int = 1) -> None:

@@ -6,7 +6,7 @@
                      module
     attention        native (native/attention.py); FlashAttention (trunk/flash.py), with a kernel for single tokens
                      (gpu/decode.py); matrix products (trunk/attention.py)
-    router, norms,   native (small_ops.py, model/operators/), or kernels on GPUs (gpu_ops.py), if a module is recognised
+    router, norms,   native, or kernels on GPUs (small_ops.py, model/operators/), if a module is recognised
     rotary           by what it computes; transformers' own code
     states           all tokens of a layer in one native call (state_layers.py); native for single tokens and scans
                      (states/rules.py); transformers' own code
@@ -36,11 +36,10 @@ from elastic_moe.model.experts.interface import LayerExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.attention_half import FittedLayer, decoder_layers, fit_layers
 from elastic_moe.model.fitting.feed_forward import join_feed_forwards
-from elastic_moe.model.fitting.gpu_ops import fit_gpu_trunk
 from elastic_moe.model.fitting.latent_half import LatentLayer
 from elastic_moe.model.fitting.latents import LatentLayers, cache_latents, watch_expansions
 from elastic_moe.model.fitting.probe import TrunkShapes, probe_shapes
-from elastic_moe.model.fitting.small_ops import fit_trunk
+from elastic_moe.model.fitting.small_ops import fit_gpu_trunk, fit_trunk
 from elastic_moe.model.fitting.state_layers import FittedStateLayer, fit_states, join_state_halves, join_states
 from elastic_moe.model.fitting.whole_stack import join_layers
 from elastic_moe.model.gpu.refusals import gpu_refusal

@@ -1,4 +1,5 @@
-"""Gives the trunk's small operators native code: transformers computes each of them with several operators of torch.
+"""Gives the trunk's small operators native code, or kernels on a GPU: transformers computes each of them with several
+operators of torch.
 
 A module is recognised by what it computes on random input and not by its name: families write the same thing in many
 ways, and a list of names would go out of date. A module that is not recognised is not changed.
@@ -21,7 +22,7 @@ from elastic_moe.model.native.block import Norm
 from elastic_moe.model.native.linear import Packed, can_pack, linear, pack
 from elastic_moe.model.native.router import Router
 from elastic_moe.model.operators.norms import fit_norm, fit_other_norms
-from elastic_moe.model.operators.rotary import fit_native_rotary
+from elastic_moe.model.operators.rotary import fit_native_rotary, fit_rotary
 from elastic_moe.model.operators.trials import OTHERWISE
 from elastic_moe.model.torch_private import plain_tensors
 
@@ -134,3 +135,40 @@ def find_router(
         if same and got[1].shape == scores.shape and torch.allclose(got[1].float(), scores.float(), rtol=2**-7):
             return router
     return "it does not choose the largest of a softmax over all experts"
+
+
+# --- On GPUs ----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def fit_gpu_trunk(trunk: nn.Module, notes: FitNotes) -> None:
+    """Give kernels of model/gpu/ to a trunk's norms, routers and rotary embeddings. It must compute in bfloat16.
+
+    `notes` gets all of them.
+    """
+    from elastic_moe.model.gpu.rows import GpuNorm, rotate  # Triton, which it needs, is there only on GPUs
+
+    for module in trunk.modules():
+        fit_norm(module, GpuNorm, CodePath.TRITON, notes)
+        _fit_gpu_router(module, notes)
+    for name in sorted({type(module).__module__ for module in trunk.modules()}):
+        fit_rotary(sys.modules[name], "cuda", rotate, CodePath.TRITON, notes)
+
+
+def _fit_gpu_router(module: nn.Module, notes: FitNotes) -> None:
+    from elastic_moe.model.gpu.router import GpuRouter  # as above
+
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or weight.dim() != 2 or isinstance(module, nn.Linear | nn.Embedding):
+        return
+    matrix = weight.detach()
+
+    def make(top_k: int, normalises: bool, dtype: torch.dtype) -> GpuRouter:
+        return GpuRouter(weight=matrix, top_k=top_k, normalises=normalises, dtype=dtype)
+
+    found = find_router(module, matrix.shape[0], matrix.shape[1], make, matrix.device)
+    if isinstance(found, str):
+        notes.add(Part.ROUTER, type(module).__name__, CodePath.TRANSFORMERS, found)
+        return
+    module.forward = found
+    notes.add(Part.ROUTER, type(module).__name__, CodePath.TRITON)

@@ -57,17 +57,17 @@ def join_layers(trunk: nn.Module, layers: Sequence[nn.Module], experts: Sequence
             return "the layers differ in experts per token or in their heads' size"
         if not _one_after_another(trunk, parent, name, len(layers)):
             return "the trunk does more between its layers than hand on what the one before has made"
-    run = _LayerRun(layers, JointLayers(parts), parts[0].attention_layer, rotations.pop())
+    run = LayerRun(layers, JointLayers(parts), parts[0].attention_layer, rotations.pop())
     setattr(parent, name, nn.ModuleList([run]))
     return None
 
 
 def joint_layers(trunk: nn.Module) -> JointLayers | None:
     """The layers that `join_layers` has joined, or None."""
-    return next((module.joint for module in trunk.modules() if isinstance(module, _LayerRun)), None)
+    return next((module.joint for module in trunk.modules() if isinstance(module, LayerRun)), None)
 
 
-class _LayerRun(nn.Module):
+class LayerRun(nn.Module):
     """All decoder layers of a trunk. It runs them in one native call, or one after the other for other inputs."""
 
     def __init__(self, layers: Sequence[nn.Module], joint: JointLayers, first: int, rotation: Rotation) -> None:

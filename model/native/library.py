@@ -47,6 +47,7 @@ _SIGNATURES = {
     "emoe_rows8": "pipipt",
     "emoe_linear_wide": "piiipipt",
     "emoe_linear_heads": "piiiiipipiit",
+    "emoe_most_likely": "ptiip",
     "emoe_rms_norm": "piipftpt",
     "emoe_layer_norm": "piippfpt",
     "emoe_gated_norm": "pipiiiipftttpt",

@@ -1,4 +1,5 @@
-"""Allocates memory in huge pages for packed weights, which every step reads from beginning to end.
+"""Allocates memory in huge pages: for packed weights, which every step reads from beginning to end, and for states and
+caches, which steps leave to one another.
 
 With pages of 4 KB, a core reads weights at about three quarters of the bandwidth that it reaches with pages of 2 MB.
 Most matrices are too small for a huge page of their own, so blocks of one size are cut from slabs. A slab is address
@@ -16,7 +17,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-_HUGE = 2 << 20
+HUGE = 2 << 20
+"""Bytes of a huge page."""
 _SLAB = 64 << 20
 _SMALL = 128 << 10
 """A matrix of fewer bytes gets ordinary memory."""
@@ -26,10 +28,8 @@ class _Slab:
     def __init__(self, block: int) -> None:
         self._block = block
         count = -(-_SLAB // block)
-        self._bytes = mmap.mmap(-1, count * block + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # this kernel has no huge pages
-            self._bytes.madvise(mmap.MADV_HUGEPAGE)
-        self._begin = -torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr() % _HUGE
+        self._bytes = _address_space(count * block + HUGE)
+        self._begin = -torch.frombuffer(self._bytes, dtype=torch.uint8).data_ptr() % HUGE
         self.count = count
         # the lowest blocks are used first, so that blocks in use share pages
         self.free = list(range(count))[::-1]
@@ -64,3 +64,20 @@ def allocate(nbytes: int) -> tuple[Tensor, Callable[[], None]]:
                 slabs.remove(slab)
 
     return data[:nbytes], release
+
+
+def untouched(nbytes: int, offset: int = 0) -> Tensor:
+    """Zeros that take memory only when they are written (torch would write all of them), in huge pages if possible.
+
+    They begin `offset` bytes behind the begin of a huge page.
+    """
+    whole = torch.frombuffer(_address_space(nbytes + offset + HUGE), dtype=torch.uint8)
+    begin = -whole.data_ptr() % HUGE + offset
+    return whole[begin : begin + nbytes]
+
+
+def _address_space(nbytes: int) -> mmap.mmap:
+    raw = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # this kernel has no huge pages
+        raw.madvise(mmap.MADV_HUGEPAGE)
+    return raw

@@ -10,7 +10,8 @@ from torch import Tensor
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Sample, Stuck
 from elastic_moe.model.grammars.sources import GrammarError
-from elastic_moe.model.sampling.sampling import BLOCKED, NO_TOKEN, sample
+from elastic_moe.model.sampling.greedy import NO_TOKEN
+from elastic_moe.model.sampling.sampling import BLOCKED, sample
 from elastic_moe.model.sampling.state import SamplingState
 
 NO_COMMON_TOKEN = (

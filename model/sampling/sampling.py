@@ -23,11 +23,9 @@ from elastic_moe.cluster.messages.requests import TokenLogprobs
 from elastic_moe.model.sampling.adjusting import adjust
 from elastic_moe.model.sampling.devices import parts, to_device
 from elastic_moe.model.sampling.drawing import method_of
+from elastic_moe.model.sampling.greedy import NO_TOKEN, all_most_likely
 from elastic_moe.model.sampling.log_probabilities import entry, logprobs
 from elastic_moe.model.sampling.state import SamplingState
-
-NO_TOKEN = -1
-"""Stands for a token if the row's logits are not numbers, so that no token can be sampled."""
 
 BLOCKED = -2
 """Stands for a token if a row's grammar and its other settings together allow none."""
@@ -43,6 +41,9 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> list[tuple[int
     assert logits_BV.shape[0] == len(states), (logits_BV.shape, len(states))
     if not states:
         return []
+    most_likely = all_most_likely(logits_BV, states)
+    if most_likely is not None:
+        return [(token, None) for token in most_likely]
     # the largest logit is NaN if any logit is
     numbers_B = logits_BV.amax(dim=-1).isfinite()
     if logits_BV.device.type == "cpu" and not numbers_B.all():

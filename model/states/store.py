@@ -9,6 +9,7 @@ The scheduler numbers the snapshots and decides what each holds (actors/caches/s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk
-from elastic_moe.model.states.finding import StateKind, StateLayer
+from elastic_moe.model.native.memory import untouched
+from elastic_moe.model.states.finding import Kept, StateKind, StateLayer
 
 States = dict[tuple[StateKind, int], Tensor]
 """What one layer keeps: a tensor for each kind and index. The first dimension is that of slots, or of sequences."""
@@ -48,13 +50,8 @@ class StateStore:
     ) -> None:
         running = room.seats * slots_per_sequence(steps_in_flight)
         slots = running + room.snapshots
-        # memory of the CPU is taken when it is first written, and a slot is written before it is read
         self.layers: list[States] = [
-            {
-                (kept.kind, kept.index): torch.empty((slots, *kept.shape), dtype=kept.dtype, device=device)
-                for kept in layer.keeps
-            }
-            for layer in layers
+            {(kept.kind, kept.index): _states(slots, kept, device) for kept in layer.keeps} for layer in layers
         ]
         self.first_snapshot = running
         """The slot of snapshot 0. The others follow."""
@@ -94,3 +91,12 @@ class StateStore:
 
     def _free_slots(self, left: dict[int, int], positions: Sequence[int]) -> None:
         self._free += [left.pop(at) for at in positions]
+
+
+def _states(slots: int, kept: Kept, device: torch.device) -> Tensor:
+    """[slots, ...] A slot is written before it is read."""
+    shape = (slots, *kept.shape)
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=kept.dtype, device=device)
+    # each step reads and writes whole states, which takes longer in pages of 4 KB
+    return untouched(math.prod(shape) * kept.dtype.itemsize).view(kept.dtype).view(shape)

@@ -13,19 +13,16 @@ never the layout of FlashAttention.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from elastic_moe.model.native.attention import unpack_latents
+from elastic_moe.model.native.memory import HUGE, untouched
 from elastic_moe.model.trunk.attention_path import MATMUL, AttentionPath, KVShape
 from elastic_moe.model.trunk.windows import WindowGroup
 
-HUGE = 2 << 20
-"""Bytes of a huge page."""
 _PAGE = 4096
 
 
@@ -55,6 +52,8 @@ class KVCache:
         self.block_size = block_size
 
         stores = sum(1 if s.latent else 2 for s in shapes.values())
+        # blocks are taken in the same order in every layer: with equal offsets one block would be the first in a huge
+        # page of every layer, and its step would wait until the system has zeroed all of these pages
         offsets = (n * HUGE // stores // _PAGE * _PAGE for n in range(stores))
 
         def blocks(layer: int, heads: int, size: int, plain: bool = False) -> Tensor:
@@ -65,7 +64,7 @@ class KVCache:
                 shape = (number, block_size, heads, size)
             if device.type != "cpu":
                 return torch.zeros(shape, dtype=dtype, device=device)
-            return _untouched(math.prod(shape) * dtype.itemsize, next(offsets)).view(dtype).view(shape)
+            return untouched(math.prod(shape) * dtype.itemsize, next(offsets)).view(dtype).view(shape)
 
         # FlashAttention reads no latents, and no keys that have no value: those of indexers
         plain = {layer: s.latent or not s.value_size for layer, s in shapes.items()}
@@ -134,18 +133,3 @@ def _gather(cache_GPBD: Tensor, blocks_N: Tensor) -> Tensor:
     heads, _, block_size, head_size = cache_GPBD.shape
     rows = cache_GPBD.flatten(2, 3).index_select(1, blocks_N)
     return rows.view(heads, len(blocks_N) * block_size, head_size)
-
-
-def _untouched(nbytes: int, offset: int) -> Tensor:
-    """Zeros that take memory only when they are written (torch would write all of them), in huge pages if possible.
-
-    They begin `offset` bytes behind the begin of a huge page. Blocks are taken in the same order in every layer, so
-    with equal offsets one block would be the first in a huge page of every layer, and its step would wait until the
-    system has zeroed all of these pages.
-    """
-    raw = mmap.mmap(-1, nbytes + 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # this kernel has no huge pages
-        raw.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(raw, dtype=torch.uint8)
-    begin = -whole.data_ptr() % HUGE + offset
-    return whole[begin : begin + nbytes]

@@ -20,6 +20,7 @@ from elastic_moe.model.exchange.dispatcher import Dispatcher
 from elastic_moe.model.experts.interface import ABSENT
 from elastic_moe.model.experts.store import attach
 from elastic_moe.model.fitting.fit import Fit
+from elastic_moe.model.fitting.straight import find_straight
 from elastic_moe.model.fitting.whole_stack import joint_layers
 from elastic_moe.model.graph_pieces import CudaRecorder, Recorder
 from elastic_moe.model.graphs.decode_graphs import DecodeGraphs, GraphStep
@@ -56,6 +57,7 @@ class ModelRunner:
         self._joint = joint_layers(trunk)
         self._shared_head = share_head(trunk)
         self._head = OutputHead(trunk)
+        self._straight = None if fitted.attention.lib is None else find_straight(trunk, self._lengths_T)
         self._input_ids = torch.empty(0)
         """[1, T] of the last step."""
         self._graphs: list[DecodeGraphs | TokenGraphs] = []
@@ -207,7 +209,8 @@ class ModelRunner:
         self.dispatcher.begin(tokens_per_rank, counter)
         if launch is not None:
             logits, choices = launch()
-            self.dispatcher.note(choices)
+            # a recording writes them to the same memory in each step, and on the CPU they are counted later
+            self.dispatcher.note(choices.clone() if choices.device.type == "cpu" else choices)
             return logits
         if not slices:
             self.dispatcher.idle(self.layer_shapes, self._device, self._joint, self._shared_head)
@@ -216,7 +219,7 @@ class ModelRunner:
         batch.dispatcher = self.dispatcher
         try:
             with step_context(batch), states_of(states):
-                return self._forward(slices)
+                return self._forward(slices, keep=keep)
         finally:
             self.dispatcher.leave_trunk()
 
@@ -241,13 +244,16 @@ class ModelRunner:
         rows = torch.arange(begin, end, device=self._device)
         return self._head.logits(rows, self._input_ids)
 
-    def _forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
+    def _forward(self, slices: Sequence[SequenceSlice], *, keep: bool) -> Tensor:
         tokens = [token for piece in slices for token in piece.token_ids]
         positions = [p for piece in slices for p in range(piece.start, piece.end)]
         lengths = [max(piece.prompt_length, p + 1) for piece in slices for p in range(piece.start, piece.end)]
-        arrays = [np.array(numbers, dtype=np.int64) for numbers in ([tokens], [positions], lengths, _last_rows(slices))]
+        last = _last_rows(slices)
+        arrays = [np.array(numbers, dtype=np.int64) for numbers in ([tokens], [positions], lengths, last)]
         input_ids, position_ids, self._lengths_T[0], kept = to_device(arrays, self._device)
         self._input_ids = input_ids
+        if self._straight is not None and not keep:
+            return self._straight(input_ids, position_ids, None if len(last) == len(tokens) else kept)
         return self._logits(input_ids, position_ids, kept)
 
     def _logits(self, input_ids: Tensor, position_ids: Tensor, kept: Tensor) -> Tensor:

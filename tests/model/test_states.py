@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from elastic_moe.cluster.messages.requests import RequestId
 from elastic_moe.cluster.messages.steps import Chunk, StateUse
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
+from elastic_moe.model.sampling.greedy import NO_TOKEN
 from elastic_moe.model.sampling.next_tokens import NextTokens, choose
-from elastic_moe.model.sampling.sampling import NO_TOKEN
 from elastic_moe.model.sampling.state import SamplingState
 from elastic_moe.model.states.batch import StateBatch
 from elastic_moe.model.trunk.step_batch import SequenceSlice

@@ -3,9 +3,42 @@
 
 #include <omp.h>
 
+#include <limits>
 #include <vector>
 
 using namespace emoe;
+
+namespace {
+
+// The number of the largest of `count` numbers, the first one of equal ones; -1 if one is not a number or infinite, or if
+// none is above minus infinity.
+template <class Number> int64_t first_of_largest(const Number* x, int64_t count) {
+    const Floats most = all(std::numeric_limits<float>::max()), least = sub(zero(), most);
+    Floats largest = all(-std::numeric_limits<float>::infinity()), broken = zero();
+    for (int64_t c = 0; c < count; c += 16) {
+        const Lanes lanes = lanes_before(c, count);
+        const Floats value = chosen(lanes, load(x + c, lanes), largest);
+        largest = larger(largest, value);
+        // a not-a-number stays one in the product, and nothing else makes one
+        broken = fused(smaller(most, larger(least, value)), zero(), broken);
+    }
+    const float found = maximum(largest);
+    if (!(sum(broken) == 0.f) || !std::isfinite(found)) return -1;
+    for (int64_t c = 0;; c += 16) {
+        const Lanes lanes = lanes_before(c, count);
+        const Lanes equal = Lanes(lanes & ~differ(load(x + c, lanes), all(found)));
+        if (equal != 0) return c + __builtin_ctz(equal);
+    }
+}
+
+} // namespace
+
+// The most likely token of each row of logits [rows, columns], which are floats if `wide`, else bfloat16: see first_of_largest.
+extern "C" void emoe_most_likely(const void* logits, int wide, int64_t rows, int64_t columns, int64_t* tokens) {
+    for (int64_t r = 0; r < rows; ++r)
+        tokens[r] = wide ? first_of_largest((const float*)logits + r * columns, columns)
+                         : first_of_largest((const bf16*)logits + r * columns, columns);
+}
 
 // Calls norm_row for each row of x [rows, size].
 extern "C" void emoe_rms_norm(const bf16* x, int64_t rows, int64_t size, const float* weight, float epsilon, int rounds,

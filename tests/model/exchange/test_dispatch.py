@@ -252,3 +252,29 @@ def test_counts_follow_the_choices() -> None:
     window.add(counts, 0.0)
     assert np.array_equal(window.sample(0.0).transitions()[0], expected), "so few tokens are all in the sample"
     assert counter.take().tokens == 0
+
+
+def test_decode_steps_count_as_if_each_were_counted_alone() -> None:
+    """However many of them are counted together, and with other steps between them."""
+    generator = torch.Generator().manual_seed(0)
+    steps = [tokens for n in range(1, 80) for tokens in ([[1] * (n % 5 + 1)] if n % 7 else [[1] * 1030, [3, 1]])]
+    together, alone = (RoutingCounter(LAYERS, EXPERTS, rng=np.random.default_rng(3)) for _ in range(2))
+    parts = []
+    for step in steps:
+        index = torch.randint(EXPERTS, (LAYERS, sum(step), TOP_K), generator=generator)
+        for layer in index:
+            together.note(layer[None])
+        together.commit_step(step)
+        alone.note(index)
+        alone.commit_step(step)
+        parts.append(alone.take())
+    whole = together.take()
+    for phase in ("prefill", "decode"):
+        counted, wanted = getattr(whole, phase), [getattr(part, phase) for part in parts]
+        assert counted.tokens == sum(one.tokens for one in wanted)
+        assert np.array_equal(counted.load, sum(one.load for one in wanted))
+    samples = [part.sample for part in parts]
+    assert sum(map(len, samples)) == sum(map(sum, steps))
+    if len(whole.sample) == sum(map(sum, steps)):
+        assert np.array_equal(whole.sample, np.concatenate(samples))
+    assert together.take().tokens == 0

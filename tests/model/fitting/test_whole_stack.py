@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, load_trunk
 from elastic_moe.model.fitting import fit as fitting
-from elastic_moe.model.fitting.whole_stack import _LayerRun, _one_after_another
+from elastic_moe.model.fitting.whole_stack import LayerRun, _one_after_another
 from tests.model.families import tiny_checkpoint
 from tests.model.lockstep import request
 from tests.model.native.test_models import texts
@@ -30,7 +30,7 @@ def test_which_trunks_become_one_call(lib: ctypes.CDLL, family: str, tmp_path_fa
     path = tiny_checkpoint(family, tmp_path_factory)
     trunk = load_trunk(open_checkpoint(str(path)), dtype=torch.bfloat16, device=torch.device("cpu"))
     fitting.fit(trunk, expert_modules(trunk), block_size=16)
-    runs = [module for module in trunk.modules() if isinstance(module, _LayerRun)]
+    runs = [module for module in trunk.modules() if isinstance(module, LayerRun)]
     assert len(runs) == (family in RUNS)
 
 

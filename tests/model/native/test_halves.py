@@ -214,6 +214,29 @@ def test_both_normalise_alike(lib: ctypes.CDLL, avx2: ctypes.CDLL, size: int) ->
     assert near(one.float(), other.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 17, 300, 4099])
+def test_both_find_the_most_likely_token(
+    lib: ctypes.CDLL, avx2: ctypes.CDLL, vocabulary: int, dtype: torch.dtype
+) -> None:
+    """The first one of equal ones, and none of numbers that are none."""
+    g = torch.Generator().manual_seed(vocabulary)
+    # few values, so that most rows have their largest one several times
+    rows = torch.randint(-3, 3, (40, vocabulary), generator=g).to(dtype)
+    rows[:8] = torch.randn(8, vocabulary, generator=g).to(dtype)
+    rows[8:12, vocabulary // 2 :] = -torch.inf
+    broken = (torch.nan, torch.inf, -torch.inf)
+    for row, value in zip((12, 13, 14), broken, strict=True):
+        rows[row, -1 if value == value and value > 0 else 0] = value
+    rows[15] = -torch.inf
+    best = rows.float().max(1)
+    expected = torch.where(best.values.isfinite(), rows.float().argmax(1), -1)
+    for half in (lib, avx2):
+        tokens = torch.empty(len(rows), dtype=torch.int64)
+        half.emoe_most_likely(rows.data_ptr(), dtype == torch.float32, *rows.shape, tokens.data_ptr())
+        assert tokens.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("size", [24, 64])
 @pytest.mark.parametrize("rule", ["selective", "delta"])
 def test_both_update_states_alike(lib: ctypes.CDLL, avx2: ctypes.CDLL, size: int, rule: str) -> None:

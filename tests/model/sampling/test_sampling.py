@@ -25,8 +25,9 @@ from elastic_moe.cluster.messages.requests import RequestId, SamplingParams, Tok
 from elastic_moe.cluster.messages.steps import NewSequence
 from elastic_moe.model.sampling import drawing
 from elastic_moe.model.sampling.drawing import uniform
+from elastic_moe.model.sampling.greedy import NO_TOKEN
 from elastic_moe.model.sampling.log_probabilities import LEAST_LOGPROB
-from elastic_moe.model.sampling.sampling import NO_TOKEN, sample
+from elastic_moe.model.sampling.sampling import sample
 from elastic_moe.model.sampling.state import SamplingState
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_moe.model.trunk.kv_cache import HUGE, KVCache, KVShape
+from elastic_moe.model.native.memory import HUGE
+from elastic_moe.model.trunk.kv_cache import KVCache, KVShape
 
 LAYERS = 12
 STORES = 2 * LAYERS
