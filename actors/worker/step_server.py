@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -25,6 +26,9 @@ from elastic_moe.cluster.messages.steps import CommitEpoch, Done, Failed, Forget
 
 logger = logging.getLogger(__name__)
 
+REST_S = 0.5
+"""Seconds without a message after which a worker that has run steps rests."""
+
 
 class Steps(Protocol):
     """The methods of model/worker/data_plane.py that the engine's messages call."""
@@ -34,6 +38,8 @@ class Steps(Protocol):
     def commit(self, epoch: Epoch) -> None: ...
 
     def forget_sequences(self) -> None: ...
+
+    def rest(self) -> None: ...
 
 
 class StepServer:
@@ -100,7 +106,16 @@ class StepServer:
     def _serve(self, connection: socket.socket) -> None:
         """Returns when the engine has hung up. Raises OSError, WireError for a message that no engine sends."""
         keep_alive(connection)
-        while (message := receive(connection)) is not None:
+        messages = select.poll()
+        messages.register(connection, select.POLLIN)
+        tired = False
+        while True:
+            if tired and not messages.poll(1e3 * REST_S):
+                self._worker.rest()
+                tired = False
+            if (message := receive(connection)) is None:
+                return
+            tired = tired or isinstance(message, StepPlan)
             self.free.clear()
             try:
                 answer = self._obey(message)

@@ -2,8 +2,8 @@
 
 It owns the epoch in force and runs the steps. Its parts own the rest: the loaded model (loaded_model.py), experts
 (held_experts.py), sequences (sequences.py), groups of workers (groups.py), and cores (cores.py). One thread calls
-`load`, `step`, `commit` and `forget_sequences`, one at a time. Other threads may call the other methods at the same
-time.
+`load`, `step`, `commit`, `forget_sequences` and `rest`, one at a time. Other threads may call the other methods at the
+same time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from elastic_moe.model.exchange.join import Exchange, join_exchange, make_dispat
 from elastic_moe.model.exchange.meeting import Meeting
 from elastic_moe.model.exchange.tcp import TcpTransport
 from elastic_moe.model.grammars.masks import MaskThreads
+from elastic_moe.model.heap import return_freed_memory
 from elastic_moe.model.sampling.next_tokens import NextTokens, choose
 from elastic_moe.model.sampling.scoring import score
 from elastic_moe.model.worker.cores import Cores
@@ -294,6 +295,10 @@ class DataPlane:
     def forget_sequences(self) -> None:
         """Forget all sequences when a new engine starts: it will never report those of the last engine as finished."""
         self._sequences.forget_all()
+
+    def rest(self) -> None:
+        """Return what the steps before have freed to the operating system. Takes a few milliseconds."""
+        return_freed_memory()
 
     def abort_step(self, epoch: Epoch) -> None:
         """Wake a step that waits for a dead peer. The exchange cannot be used afterwards; a new epoch must follow."""

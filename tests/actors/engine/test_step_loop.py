@@ -95,6 +95,9 @@ class ConnectedWorker:
     def forget_sequences(self) -> None:
         self.simulated.known.clear()
 
+    def rest(self) -> None:
+        pass
+
     @property
     def info(self) -> WorkerInfo:
         return WorkerInfo(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from elastic_moe.actors.remote import door, handshakes
 from elastic_moe.actors.remote.codec import MAX_BYTES, Message, encode, receive
+from elastic_moe.actors.worker import step_server
 from elastic_moe.actors.worker.step_server import StepServer
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.messages.requests import Endpoint, Hello
@@ -31,6 +32,7 @@ class Worker:
     def __init__(self) -> None:
         self.epochs: list[Epoch] = []
         self.forgot = 0
+        self.rests = 0
         self.stepping, self.go = threading.Event(), threading.Event()
         self.go.set()
 
@@ -44,6 +46,9 @@ class Worker:
 
     def forget_sequences(self) -> None:
         self.forgot += 1
+
+    def rest(self) -> None:
+        self.rests += 1
 
 
 @pytest.fixture(name="worker", scope="module")
@@ -87,6 +92,26 @@ def test_messages_of_the_engine_are_carried_out(server: StepServer, worker: Work
         assert ask(connection, CommitEpoch(epoch=Epoch(5))) == Done()
         assert ask(connection, PLAN) == StepResult(step=7, samples=(), compute_s=0.0)
     assert worker.epochs[-1] == 5
+
+
+def test_a_worker_rests_once_after_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_server, "REST_S", 0.02)
+    worker = Worker()
+    server = StepServer(worker, "127.0.0.1")
+    try:
+        with engine(server.endpoint) as connection:
+            assert ask(connection, CommitEpoch(epoch=Epoch(1))) == Done()
+            time.sleep(0.1)
+            assert worker.rests == 0
+            for rests in (1, 2):
+                assert isinstance(ask(connection, PLAN), StepResult)
+                until = time.monotonic() + 10
+                while worker.rests < rests and time.monotonic() < until:
+                    time.sleep(0.01)
+                time.sleep(0.1)
+                assert worker.rests == rests
+    finally:
+        server.close()
 
 
 def test_slow_strangers_keep_no_client_out(server: StepServer) -> None:
