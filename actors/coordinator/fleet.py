@@ -335,12 +335,15 @@ class RayFleet:
 
     @property
     def standby(self) -> bool:
-        return self._config.standby and self._alone and self.device() == "cpu"
+        return self._config.standby and self._on_one_machines_cpus
 
     @property
     def _forks(self) -> bool:
-        linux = sys.platform == "linux"
-        return self._config.fork_workers and self._alone and self.device() == "cpu" and linux
+        return self._config.fork_workers and self._on_one_machines_cpus and sys.platform == "linux"
+
+    @property
+    def _on_one_machines_cpus(self) -> bool:
+        return self._alone and self.device() == "cpu"
 
     def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[WorkerActor]:
         worker_class = self._worker_class

@@ -1,4 +1,4 @@
-"""Imports what a worker needs to load a model. torch is imported here only: other processes never wait for it."""
+"""Imports what a worker needs to load a model, torch among it. Processes that call nothing here do not wait for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from elastic_moe.cluster.interpreter import no_collection
 
 
 def import_model() -> None:
-    """Takes two to four seconds the first time."""
+    """Import the model's code. The first call takes two to four seconds."""
     # before OpenMP is loaded, with torch: threads that wait for the next parallel region leave their core to the node's
     # other workers soon (about 0.1 ms), instead of after some milliseconds
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
