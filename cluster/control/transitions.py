@@ -71,10 +71,6 @@ class Transitions:
             moved = f"{len(change.transfers.copies)} experts copied, {len(change.transfers.reads)} read"
             done = f"{operation.reason}; epoch {facts.epoch} with {len(facts.ranks)} workers, {moved}"
             operations.complete(operation.operation_id, done)
-        scaling = operations.find_open(OperationKind.SCALE)
-        if scaling is not None and facts.scaled:
-            # a recovery has brought it about
-            operations.complete(scaling.operation_id, f"{scaling.reason}; epoch {facts.epoch}")
 
     # --- Back ---------------------------------------------------------------------------------------------------
 

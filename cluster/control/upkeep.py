@@ -43,6 +43,7 @@ class Upkeep:
         members = reconcile.next_members(facts, now)
         self.starts, self.members = starts.reason, members.reason
         if not members.value:
+            self._end_scaling()
             return commands
         self._owners.rebalancing.put_off("the membership changes")
         wish = reconcile.wish(facts, members.value)
@@ -51,6 +52,14 @@ class Upkeep:
             operation = self._owners.operations.open(wish.value, facts.next_epoch, wish.reason)
         commands += self._transitions.begin((operation, reconcile.placement_for(facts, members.value)), now)
         return commands + self._transitions.go_on(now)
+
+    def _end_scaling(self) -> None:
+        """End an operation that has got the workers it wanted by something else: a recovery, or those that were to
+        leave and are kept."""
+        facts, operations = self._owners.facts, self._owners.operations
+        scaling = operations.find_open(OperationKind.SCALE)
+        if scaling is not None and facts.serves and facts.scaled and (facts.change is None or facts.change.yields):
+            operations.complete(scaling.operation_id, f"{scaling.reason}; epoch {facts.epoch}")
 
     def _spread(self, now: float) -> list[str]:
         """Have workers move to nodes that have come: those from which they move leave once others have loaded in their

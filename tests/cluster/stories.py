@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_moe.cluster.facts.events import Command, LoadSeen, Tick
+from elastic_moe.cluster.facts.events import Command, LoadSeen, Reconfigured, Tick
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
 from elastic_moe.cluster.facts.membership import WorkerRecord, needs
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
@@ -27,6 +27,11 @@ def serving(workers: int, **settings: float) -> Simulation:
     sim.settle()
     sim.log.clear()
     return sim
+
+
+def redeployed(**settings: Any) -> Reconfigured:
+    defaults = {"workers": 2, "min_workers": None, "max_workers": None, "autoscale_window_s": 15.0}
+    return Reconfigured(**{**defaults, "rebalance_interval_s": 0.0, "drain_timeout_s": 30.0, **settings})
 
 
 def newest(sim: Simulation) -> Operation:

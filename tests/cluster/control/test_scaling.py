@@ -1,7 +1,6 @@
 """How many workers there should be."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,6 @@ from elastic_moe.cluster.facts.events import (
     LoadSeen,
     PlaceRequested,
     RebalanceRequested,
-    Reconfigured,
     ScaleRequested,
     Tick,
     WorkerLost,
@@ -30,7 +28,7 @@ from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.views import Phase, WorkerState
 from elastic_moe.cluster.placement import WorkerId
 from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation
-from tests.cluster.stories import IDLE, PART, W0, W1, W2, facts_of, member, newest, serving
+from tests.cluster.stories import PART, W0, W1, W2, facts_of, member, newest, redeployed, serving
 
 
 def test_more_workers_than_experts_is_refused() -> None:
@@ -224,11 +222,6 @@ def test_the_autoscaler_counts_as_many_seats_as_have_memory_for_their_states() -
 # --- A redeploy ---------------------------------------------------------------------------------------------------
 
 
-def redeployed(**settings: Any) -> Reconfigured:
-    defaults = {"workers": 2, "min_workers": None, "max_workers": None, "autoscale_window_s": 15.0}
-    return Reconfigured(**{**defaults, "rebalance_interval_s": 0.0, "drain_timeout_s": 30.0, **settings})
-
-
 def test_a_redeploy_with_another_number_of_workers_scales() -> None:
     sim = serving(2)
     sim.feed(redeployed(workers=3, drain_timeout_s=7.0))
@@ -307,84 +300,3 @@ def test_a_redeploy_with_more_workers_than_experts_changes_nothing() -> None:
         sim.feed(redeployed(workers=9, drain_timeout_s=1.0))
     sim.feed(Tick())
     assert (sim.facts.target, sim.facts.settings.drain_timeout_s) == (2, 30.0)
-
-
-# --- Rest ---------------------------------------------------------------------------------------------------------
-
-
-def idle(sim: Simulation, seconds: int) -> None:
-    for _ in range(seconds):
-        sim.now += 1.0
-        sim.feed(IDLE)
-        while sim.todo:
-            sim.finish(0)
-
-
-ASKED = LoadSeen(waiting=1, running=0, kv_usage=0.0)
-
-
-def test_without_requests_no_worker_is_kept_and_the_next_request_brings_them_back() -> None:
-    sim = serving(1, least=0, most=3)
-    idle(sim, 299)
-    assert sim.facts.ranks == (W0,)
-    idle(sim, 3)
-    assert not sim.workers[W0].alive
-    assert sim.state.readiness().reason.startswith("at rest: no worker is kept")
-    assert (sim.state.readiness().ready, sim.state.operations.find_open()) == (True, None)
-    idle(sim, 1000)
-    assert list(sim.workers) == [W0]
-
-    sim.feed(ASKED)
-    assert sim.state.readiness().reason == "starting, 0 of 1 workers ready"
-    assert newest(sim).reason == "back to 1 workers: there is a request"
-    sim.settle()
-    assert sim.facts.ranks == (W1,)
-    assert not any(sim.state.counters.recoveries.values())
-
-
-def test_a_request_that_comes_before_the_rest_keeps_the_workers() -> None:
-    sim = serving(1, least=0, most=3)
-    sim.feed(ScaleRequested(workers=0))
-    sim.feed(LoadSeen(waiting=0, running=1, kv_usage=0.1, busy=(W0,)))
-    sim.settle()
-    assert (sim.facts.ranks, sim.facts.target, sim.state.operations.find_open()) == ((W0,), 1, None)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_cluster_rests_if_its_workers_die_while_none_is_wanted(workers: int) -> None:
-    sim = serving(workers, least=0, most=3, capacity=LAYERS * EXPERTS // workers)
-    sim.kill(W0)
-    sim.feed(ScaleRequested(workers=0))
-    sim.settle()
-    assert sim.facts.rests
-    assert sim.state.readiness().reason.startswith("at rest: no worker is kept")
-    assert sim.state.operations.find_open() is None
-    sim.feed(LoadSeen(waiting=1, running=0, kv_usage=0.0, busy=()))
-    sim.settle()
-    assert len(sim.facts.ranks) == workers
-
-
-@pytest.mark.parametrize("event", ["engine", "restart", "scale"])
-def test_what_ends_a_rest(event: str) -> None:
-    sim = serving(2, least=0, most=3)
-    sim.feed(ScaleRequested(workers=0))
-    idle(sim, 2)
-    assert not any(worker.alive for worker in sim.workers.values())
-    if event == "engine":
-        sim.lose_engine()
-    elif event == "restart":
-        sim.restart_coordinator(flipped=0.0)
-        assert sim.state.readiness().ready, "it rests on"
-        sim.feed(ASKED)
-    else:
-        sim.feed(ScaleRequested(workers=2))
-    sim.settle()
-    assert len(sim.facts.ranks) == 2
-
-
-def test_who_does_not_allow_it_keeps_a_worker() -> None:
-    sim = serving(1, most=3)
-    idle(sim, 2000)
-    assert sim.facts.ranks == (W0,)
-    with pytest.raises(PlacementError, match="expected 1 to 3"):
-        sim.feed(ScaleRequested(workers=0))
