@@ -75,7 +75,7 @@ class ControlLoop:
         config: ServeConfig,
         fleet: Fleet,
         saver: Saver,
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         """`saver` keeps the state, the specification and the configuration for a successor.
 

@@ -17,7 +17,16 @@ from elastic_moe.actors import liveness
 from elastic_moe.actors.coordinator.processes import Processes
 from elastic_moe.actors.engine.engine import Engine
 from elastic_moe.actors.remote.ask import Remote, ask, forward
-from elastic_moe.actors.remote.calls import CALL_ERRORS, Turns, call_all, is_death, one_line, sign_of_life, within
+from elastic_moe.actors.remote.calls import (
+    CALL_ERRORS,
+    Turns,
+    call_all,
+    is_death,
+    one_line,
+    sign_of_life,
+    wait_within,
+    within,
+)
 from elastic_moe.actors.remote.links import can_connect
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.errors import WorkerError
@@ -117,7 +126,7 @@ class Poller:
         *,
         heartbeat_timeout_s: float,
         feed: Callable[[Event], None],
-        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         """`window` takes the routing counts, `counters` the tiers' counts and `feed` events. `spawn` runs a poll beside
         the others."""
@@ -214,10 +223,11 @@ class Poller:
 
     async def refresh_counts(self, facts: Facts, older_s: float = 0.0) -> None:
         """Have every node's counts in the window now, if the last ones are `older_s` old; those that do not come within
-        POLL_S are left out."""
-        reports = [self._fetch_report(node, actors, 0.0) for node, actors in self._due(facts, older_s).items()]
-        with contextlib.suppress(TimeoutError):
-            await within(asyncio.gather(*reports), liveness.POLL_S)
+        POLL_S come later."""
+        # whoever asks may give up, and a report must not: what it tells, no later one does
+        reports = [self._spawn(self._fetch_report(n, actors, 0.0)) for n, actors in self._due(facts, older_s).items()]
+        if reports:
+            await wait_within(reports, liveness.POLL_S)
 
     async def _poll_worker(self, record: WorkerRecord, actor: Remote[WorkerActor], delay_s: float) -> None:
         try:

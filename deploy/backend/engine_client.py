@@ -294,19 +294,21 @@ class EngineClient:
     def _take_some(self) -> None:
         """Take up to `AT_ONCE` outputs of the oldest message. The others get turns of their own."""
         oldest = self._unfinished[0]
+        taken = 0
         try:
             taken = self._take_part(oldest)
         except ValueError as error:
             logger.warning("the engine's connection is closed: %s", error)
             oldest.link.close()
-            taken = 0
-        if taken < AT_ONCE:
-            self._unfinished.popleft()
-            self._messages += 1
-            if self._messages % UNREAD_EVERY == 0:
-                self._bound_unread()
-        if self._unfinished:
-            asyncio.get_running_loop().call_soon(self._take_some)
+        finally:
+            # also where it has failed: what comes later must not wait for it
+            if taken < AT_ONCE:
+                self._unfinished.popleft()
+                self._messages += 1
+            if self._unfinished:
+                asyncio.get_running_loop().call_soon(self._take_some)
+        if taken < AT_ONCE and self._messages % UNREAD_EVERY == 0:
+            self._bound_unread()
 
     def _take_part(self, message: _Unfinished) -> int:
         """Take up to `AT_ONCE` outputs. Returns their number. Raises ValueError if columns do not match."""

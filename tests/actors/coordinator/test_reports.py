@@ -100,3 +100,36 @@ def test_who_asks_for_a_placement_gets_one_for_all_that_was_done_before(
             await asyncio.wait_for(coordinator.preview("greedy"), 5)
 
     asyncio.run(story())
+
+
+def test_a_report_that_comes_too_late_for_who_asked_still_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers count anew from a report on, so what it tells would be lost: all of it, on a busy machine under `emoe
+    top`, which asks each second."""
+    monkeypatch.setattr(polling, "COUNTS_S", 3600.0)
+    monkeypatch.setattr(polling, "COUNTS_PER_WINDOW", 1e-3)
+    monkeypatch.setattr(polling.liveness, "POLL_S", 0.05)
+
+    async def story() -> None:
+        async with running(tmp_path, workers=1) as (coordinator, fleet):
+            await ready(coordinator)
+            loop = control_loop(coordinator)
+            before, goes_on = loop.window.reports, asyncio.Event()
+
+            async def wait(method: str) -> None:
+                if method == "report":
+                    await goes_on.wait()
+
+            fleet.workers[WorkerId("w0")].before = wait
+            for _ in range(2):
+                await loop.poller.refresh_counts(loop.state.facts)
+            assert loop.window.reports == before
+            goes_on.set()
+
+            async def there() -> bool:
+                return loop.window.reports == before + 2
+
+            await until(there)
+
+    asyncio.run(story())

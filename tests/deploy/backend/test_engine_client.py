@@ -108,3 +108,20 @@ def test_a_damaged_message_ends_its_connection_and_holds_up_no_other(monkeypatch
         assert [stream.received for stream in streams] == [[10]] * 5
 
     asyncio.run(scenario())
+
+
+def test_what_fails_with_one_message_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        link = Link()
+        client, (stream, other) = client_of(link, 2)
+
+        def fail(offset: int, token_id: int) -> bool:
+            raise RuntimeError("a defect")
+
+        monkeypatch.setattr(stream, "take_token", fail)
+        with pytest.raises(RuntimeError, match="a defect"):
+            client._received(link, message([stream], 0))  # type: ignore[arg-type]
+        client._received(link, message([other], 0))  # type: ignore[arg-type]
+        assert other.received == [10]
+
+    asyncio.run(scenario())
