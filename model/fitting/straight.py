@@ -274,7 +274,10 @@ def _same_calls(expected: Sequence[_Call], calls: Sequence[_Call], layers: Seque
         return False
     for their, our in zip(theirs, ours, strict=True):
         before, after = their.args[0] if their.args else their.kwargs["hidden_states"], our.args[0]
-        if not torch.equal(before, after) or not all(_equal(their.kwargs.get(n), v) for n, v in our.kwargs.items()):
+        (their_args, their_kwargs), (our_args, our_kwargs) = _beside_input(their), _beside_input(our)
+        if not torch.equal(before, after) or not _equal(their_args, our_args):
+            return False
+        if not all(_equal(their_kwargs.get(name), value) for name, value in our_kwargs.items()):
             return False
     return True
 

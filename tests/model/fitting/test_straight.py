@@ -112,7 +112,14 @@ def _scaled_input(trunk: Any) -> Callable[..., Any]:
     return trunk.forward  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("change", [_scaled_head, _scaled_input])
+def _counts_tokens(trunk: Any) -> Callable[..., Any]:
+    """A layer is told the number of tokens, by its place among the arguments."""
+    layer = trunk.base_model.layers[-1]
+    layer.register_forward_pre_hook(lambda _, args, kwargs: ((*args, args[0].shape[1]), kwargs), with_kwargs=True)
+    return trunk.forward  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("change", [_scaled_head, _scaled_input, _counts_tokens])
 def test_what_lies_between_the_parts_is_seen(
     lib: ctypes.CDLL, change: Callable[[Any], Callable[..., Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
