@@ -176,6 +176,9 @@ def _scaled(module: nn.Module, trial: _Trial, router: ScoredRouter) -> Scoring |
     if not torch.allclose(ours, theirs, rtol=0, atol=1e-5):
         return None
     alike = (index.sort(-1).values == trial.index.sort(-1).values).all(-1)
+    if not alike.any():
+        # all ties: the scores tell nothing
+        return None
     got = values.gather(1, index.argsort(-1))[alike].float()
     wanted = trial.scores.gather(1, trial.index.argsort(-1))[alike].float()
     tolerance = 1e-3 if router.dtype == torch.float32 else 2**-7

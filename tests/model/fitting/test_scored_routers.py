@@ -105,6 +105,17 @@ def test_the_same_experts_are_chosen(lib: ctypes.CDLL, name: str) -> None:
     assert all(torch.equal(one[0], many[7]) for one, many in zip(alone, got, strict=True))
 
 
+def test_a_router_whose_choices_are_all_ties_keeps_its_code(lib: ctypes.CDLL) -> None:
+    """A trial has no choice in common with it then, and any scale would seem to be its own."""
+    router = made("few")
+    router.weight.data.zero_()
+    router.e_score_correction_bias = nn.Buffer(torch.zeros(len(router.weight)))
+    expected = router(rows())
+    fit_trunk(lib, router, FitNotes())
+    got = router(rows())
+    torch.testing.assert_close(got[1], expected[1])
+
+
 @pytest.mark.parametrize("experts", [8, 128])
 def test_a_router_with_a_norm_of_its_own_chooses_the_same_experts(lib: ctypes.CDLL, experts: int) -> None:
     router = normed(experts)
