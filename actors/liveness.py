@@ -24,7 +24,7 @@ after WAITING_FOR_RESOURCES_S in any case.
                                                               + COMMIT_MARGIN_S
     coordinator      the migrator, while it copies            PROBE_TIMEOUT_S, twice            the migrator is ended
     coordinator      the engine's epoch, after a restart      PROBE_TIMEOUT_S                   the flip has failed
-    coordinator      workers that must drop something  NOTIFY_TIMEOUT_S                  nothing, they are polled
+    coordinator      workers that must drop something         NOTIFY_TIMEOUT_S                  nothing, they are polled
     coordinator      the standby to have imported its model   STANDBY_TIMEOUT_S                 the standby is ended
     coordinator      a planner                                PLAN_STEPS x plan_deadline        the plan is given up
                                                               + PLAN_MARGIN_S

@@ -137,7 +137,7 @@ class ServeConfig:
     max_num_prefill_tokens: int | None = setting(
         None,
         "largest number of prompt tokens that one worker runs in a step in which other requests wait for their next "
-        "token; if not given, as many as make such a step three quarters longer, or 40 ms where that is more",
+        "token; if not given, as many as make such a step three quarters longer, or 25 ms where that is more",
         within=(1, MILLION),
     )
     block_size: int = setting(16, "number of tokens in one block of the KV cache", within=(1, 4096))
@@ -286,8 +286,8 @@ class ServeConfig:
     )
     api_key: str | None = setting(
         None,
-        "key that clients must send with every call except /health, /ready, /version, /metrics and /admin; the "
-        "environment variable EMOE_API_KEY sets it too",
+        "key that clients must send with every call except the page, /health, /ping, /ready, /version, /docs, "
+        "/openapi.json, /metrics, /load and /admin; the environment variable EMOE_API_KEY sets it too",
     )
     api_key_file: str | None = setting(
         None, "file that holds the API key, so that the key does not show in the list of processes"

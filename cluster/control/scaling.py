@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from elastic_moe.cluster.decisions.autoscaling import Policy, Sample, Verdict, recommend
 from elastic_moe.cluster.errors import ConflictError, PlacementError
@@ -39,14 +40,17 @@ def check_target(settings: ControlSettings, model: ModelInfo, workers: int) -> N
 
 
 def check_memory(facts: Facts, target: int, retire: Sequence[WorkerId]) -> None:
-    """Raises PlacementError if the workers that would stay cannot hold every expert."""
+    """Raises PlacementError if the workers that would stay, and those that would be started, which are taken to have as
+    much memory, cannot hold every expert."""
     staying = _oldest_first([record for record in facts.staying if record.id not in retire])[:target]
-    if not target or target > len(staying) or facts.fits(staying):
+    coming = target - len(staying)
+    if not target or facts.fits(staying, coming):
         return
-    limits = ", ".join(f"{m.id} {limit}" for m, limit in zip(staying, facts.limits(staying), strict=True))
+    limits = [f"{m.id} {limit}" for m, limit in zip(staying, facts.limits(staying), strict=True)]
     raise PlacementError(
         f"workers: expected at least {facts.fewest}: a layer has {facts.model.num_logical_experts} experts, and the"
-        f" workers that would stay have memory for {limits}"
+        f" workers that would stay have memory for {', '.join(limits) or 'none'}"
+        + (f"; {coming} would be started" if coming else "")
     )
 
 
@@ -115,6 +119,11 @@ class Scaling:
         self.verdict = "the load has not been seen yet"
         """The reason of the autoscaler's last verdict."""
 
+    @property
+    def settings(self) -> ControlSettings:
+        """Those in force."""
+        return self._settings
+
     def view(self, facts: Facts) -> ScaleView:
         return ScaleView(
             serving=len(facts.ranks) if facts.outage is None else 0,
@@ -162,26 +171,40 @@ class Scaling:
         changes the setting. One that has too little memory for the model is refused by a failed operation.
         """
         target = self._target_of(settings)
+        if not self._has_memory(facts, target):
+            target = self._within(settings)
+            if not self._has_memory(facts, target):
+                # no number within the new limits would do: the limits in force stay
+                limits = self._settings.min_workers, self._settings.max_workers
+                settings, target = replace(settings, min_workers=limits[0], max_workers=limits[1]), self.target
         self._settings = settings
         self._samples.clear()
         if target == self.target:
             return []
         asked = f"to {target} workers"
-        try:
-            # workers may have reported their memory since the redeploy was checked
-            check_memory(facts, target, ())
-        except PlacementError as error:
-            refused = self._operations.open(OperationKind.SCALE, facts.next_epoch, f"redeployed {asked}", asked=asked)
-            self._operations.fail(refused.operation_id, str(error))
-            return []
         self._replace_pending(allowed=True)
         return self._scale(facts, target, (), asked=asked, reason=f"redeployed {asked}", operation_id=None, now=now)
 
     def _target_of(self, settings: ControlSettings) -> int:
-        if settings.workers != self._settings.workers:
-            return settings.workers
+        return settings.workers if settings.workers != self._settings.workers else self._within(settings)
+
+    def _within(self, settings: ControlSettings) -> int:
+        """The present number of workers, or the nearest one within the limits of `settings`."""
         least, most = limits_of_target(settings, self._model)
         return min(max(self.target, least), most)
+
+    def _has_memory(self, facts: Facts, target: int) -> bool:
+        """Whether so many workers have memory for the model: some may have reported theirs since a redeploy was
+        checked. If not, an operation that has failed says so."""
+        try:
+            if target != self.target:
+                check_memory(facts, target, ())
+        except PlacementError as error:
+            asked = f"to {target} workers"
+            refused = self._operations.open(OperationKind.SCALE, facts.next_epoch, f"redeployed {asked}", asked=asked)
+            self._operations.fail(refused.operation_id, str(error))
+            return False
+        return True
 
     def _replace_pending(self, *, allowed: bool) -> None:
         pending = self._operations.find_open(OperationKind.SCALE)

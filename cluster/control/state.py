@@ -275,7 +275,7 @@ class ControlState:
         self._owners.rebalancing.configured(settings, now)
         self._owners.undoing.configured(settings)
         commands += self._owners.scaling.configured(self.facts, settings, now)
-        self._owners.settings = settings
+        self._owners.settings = self._owners.scaling.settings
         return commands
 
     # --- The epoch in force, and the change of it -----------------------------------------------------------------

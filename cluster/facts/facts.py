@@ -238,11 +238,10 @@ class Facts:
         """Experts per layer that fit in the device of each. One that has not loaded yet is taken to have what others
         have."""
         usual = self.usual_capacity
-        limits = []
-        for record in members:
-            capacity = record.capacity if record.info is not None else usual
-            limits.append(self.model.num_logical_experts if capacity is None else capacity // self.model.num_layers)
-        return limits
+        return [self._limit(usual if record.info is None else record.capacity) for record in members]
+
+    def _limit(self, capacity: int | None) -> int:
+        return self.model.num_logical_experts if capacity is None else capacity // self.model.num_layers
 
     @property
     def usual_capacity(self) -> int | None:
@@ -255,8 +254,10 @@ class Facts:
         """Whether a worker which has not loaded yet is taken to serve experts from disk, too."""
         return not self.loaded or any(record.tiered for record in self.loaded)
 
-    def tiered(self, members: Sequence[WorkerRecord]) -> bool:
-        """Whether each can serve experts from disk."""
+    def tiered(self, members: Sequence[WorkerRecord], coming: int = 0) -> bool:
+        """Whether each can serve experts from disk, and so many that have yet to be started."""
+        if coming and not self.usually_tiered:
+            return False
         return all(record.tiered if record.info is not None else self.usually_tiered for record in members)
 
     def rooms(self, members: Sequence[WorkerRecord]) -> dict[WorkerId, Room | None]:
@@ -277,15 +278,19 @@ class Facts:
             )
         return rooms
 
-    def slots(self, members: Sequence[WorkerRecord]) -> tuple[int, ...] | None:
-        """Slots per layer of each; None where they have too little memory and cannot serve from disk."""
-        limits, experts = self.limits(members), self.model.num_logical_experts
+    def slots(self, members: Sequence[WorkerRecord], coming: int = 0) -> tuple[int, ...] | None:
+        """Slots per layer of each, and of so many that have yet to be started; None where they have too little memory
+        and cannot serve from disk."""
+        limits, experts = (
+            self.limits(members) + coming * [self._limit(self.usual_capacity)],
+            self.model.num_logical_experts,
+        )
         found = slots_of(limits, experts, self.settings.redundant_experts)
-        return tiered_slots_of(limits, experts) if found is None and self.tiered(members) else found
+        return tiered_slots_of(limits, experts) if found is None and self.tiered(members, coming) else found
 
-    def fits(self, members: Sequence[WorkerRecord]) -> bool:
-        """Whether `members` can serve every expert."""
-        return self.slots(members) is not None
+    def fits(self, members: Sequence[WorkerRecord], coming: int = 0) -> bool:
+        """Whether `members` can serve every expert, together with so many that have yet to be started."""
+        return self.slots(members, coming) is not None
 
     @property
     def fewest(self) -> int:

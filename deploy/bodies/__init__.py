@@ -3,7 +3,12 @@
 bodies      reads a body with a limit on its size
 json_text   decodes JSON, with an error in words
 bounds      limits of fields, which are checked before validation
-schema      the fields of every call, as pydantic models
+base        the base of the pydantic models below
+schema      the fields of every call; `parse` validates a body
+structured  those of structured output
+tools       those of tools and tool calls
+responses   those of /v1/responses
+unknown     names of fields that are ignored, for the log
 faults      a validation error in words: which field, what was expected, what came
 aside       another process for large bodies and long texts, so that no stream waits for them
 

@@ -17,9 +17,11 @@ from elastic_moe.cluster.decisions.autoscaling import Sample
 from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import (
     LoadSeen,
+    NodesDrain,
     PlaceRequested,
     RebalanceRequested,
     ScaleRequested,
+    StepFailed,
     Tick,
     WorkerLost,
 )
@@ -275,6 +277,33 @@ def test_a_redeploy_that_finds_smaller_workers_when_its_turn_comes_fails_as_an_o
     assert refused.phase is Phase.FAILED
     assert refused.error is not None
     assert "workers: expected at least 2" in refused.error
+
+
+@pytest.mark.parametrize(("most", "limit", "workers"), [(2, 2, 2), (1, None, 3)])
+def test_limits_of_a_redeploy_hold_also_where_its_number_of_workers_is_refused(
+    most: int, limit: int | None, workers: int
+) -> None:
+    """Unless no number within them has memory for the model."""
+    sim = serving(2, capacity=LAYERS * EXPERTS)
+    sim.capacity = LAYERS * EXPERTS // 2
+    sim.feed(ScaleRequested(workers=3))
+    sim.finish(0)
+    sim.feed(redeployed(workers=1, max_workers=most))
+    sim.kill(W0)
+    sim.kill(W1)
+    sim.settle()
+    assert (sim.facts.target, len(sim.facts.ranks), sim.facts.settings.max_workers) == (workers, workers, limit)
+
+
+def test_a_redeploy_while_all_nodes_leave_needs_memory_for_the_model_too() -> None:
+    """Otherwise those that leave would be needed for ever."""
+    sim = serving(2, capacity=LAYERS * EXPERTS // 2, nodes=True)
+    sim.feed(StepFailed(epoch=sim.facts.epoch, suspects=(), reason="aborted"))
+    sim.feed(NodesDrain(nodes={"n0": 60.0, "n1": 60.0}))
+    with pytest.raises(PlacementError, match=r"expected at least 2.*have memory for none; 1 would be started"):
+        sim.feed(redeployed(workers=1))
+    sim.settle()
+    assert sim.facts.ranks == ("w2", "w3")
 
 
 def test_a_redeploy_waits_until_the_change_under_way_is_made() -> None:
