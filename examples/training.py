@@ -139,7 +139,8 @@ ALL_EXPERTS_FUNCTIONS.register("by_expert", _experts_by_expert)
 
 
 def losses(model: Qwen3MoeForCausalLM, ids_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean nats per predicted token, and the load-balancing loss (1 for even loads), the mean over layers."""
+    """Mean nats per predicted token of texts [B, S + 1], and the load-balancing loss (1 for even loads), the mean over
+    layers."""
     outputs = model.model(input_ids=ids_BS[:, :-1], use_cache=False, output_router_logits=True)
     logits = model.lm_head(outputs.last_hidden_state)
     text = F.cross_entropy(logits.flatten(0, 1), ids_BS[:, 1:].flatten())
