@@ -31,7 +31,7 @@ class Undoing:
     def tick(self, facts: Facts, now: float) -> list[Command]:
         """Have the placements before the changes on trial priced, once a window is over."""
         if facts.pinned:
-            self._trials.clear()
+            self._clear()
         if self.weighing or not (facts.idle and facts.serves and self._trials.is_due(now)):
             return []
         self._weighing, self._next_ticket = self._next_ticket, self._next_ticket + 1
@@ -61,7 +61,7 @@ class Undoing:
         self._weighing = None
         given = change.kind is OperationKind.REBALANCE and not planned
         if given or before is None or before.workers != change.goal.workers:
-            self._trials.clear()
+            self._clear()
         elif planned and self._trials.window_s > 0:
             self._trials.begin(change.operation_id, before, now)
 
@@ -69,7 +69,12 @@ class Undoing:
         """Take over the settings of a redeploy."""
         self._trials.window_s = settings.rebalance_interval_s
         if settings.rebalance_interval_s <= 0:
-            self._trials.clear()
+            self._clear()
+
+    def _clear(self) -> None:
+        # prices that are awaited are of the trials that end here
+        self._weighing = None
+        self._trials.clear()
 
     def resume(self, now: float) -> None:
         """Go on by the clock of a restarted coordinator."""

@@ -17,7 +17,7 @@ from elastic_moe.cluster.facts.events import (
 from elastic_moe.cluster.messages.views import OperationKind, Phase
 from elastic_moe.cluster.placement import Placement
 from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, shuffled
-from tests.cluster.stories import newest, sent, serving
+from tests.cluster.stories import newest, redeployed, sent, serving
 
 INTERVAL_S = 60.0
 
@@ -157,3 +157,21 @@ def test_what_does_not_fit_beside_the_present_experts_is_not_undone() -> None:
     sim.settle()
     assert in_force(sim) == after
     assert "it would hold" in (newest(sim).error or "")
+
+
+@pytest.mark.parametrize("end", ["redeploy", "pin"])
+def test_prices_that_come_when_trials_have_ended_are_ignored(end: str) -> None:
+    """They failed the control plane."""
+    sim = serving(2, interval_s=INTERVAL_S)
+    _, after = replaced(sim)
+    weigh = at_end_of_window(sim)
+    assert weigh is not None
+    if end == "redeploy":
+        sim.feed(redeployed(workers=2, rebalance_interval_s=0.0))
+    else:
+        sim.feed(PlaceRequested(placement=after, pinned=True))
+        sim.feed(Tick())
+        sim.feed(Unpin())
+    answer(sim, weigh, 0.5)
+    sim.settle()
+    assert in_force(sim) == after
