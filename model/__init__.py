@@ -7,6 +7,7 @@
     grammars/      which tokens a request's grammar allows next
     native/        kernels in C++ for bfloat16 on CPU
     gpu/           kernels in Triton for bfloat16 on GPUs
+    operators/     recognises norms and rotary embeddings, and has them computed by other code
     sampling/      chooses the next token of each sequence, and scores prompts
     shared_gpu/    memory and signals of workers that share one GPU
     states/        layers that keep a state per sequence

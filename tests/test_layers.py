@@ -1,5 +1,6 @@
 """The rule between the rooms: ARCHITECTURE.md's table says which room imports from which; no import points down it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ ONLY_IN = {
 }
 MOST_FILES = 12
 """Of a room, beside its __init__.py."""
+FEWEST_OF_A_LIST = 3
+"""A docstring that begins so many lines with names of files is a list of files."""
 
 
 def documented() -> list[str]:
@@ -59,6 +62,18 @@ def test_folders_import_from_the_left(folder: str) -> None:
 def test_rooms_are_small(room: str) -> None:
     files = [path for path in (ROOT / room).glob("*.py") if path.name != "__init__.py"]
     assert len(files) <= MOST_FILES, room
+
+
+@pytest.mark.parametrize("room", sorted(rooms()))
+def test_a_list_of_a_rooms_files_has_them_all(room: str) -> None:
+    """The docstring of a room's __init__.py has such a list, or says in a sentence what the room is."""
+    files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", "__main__"}
+    init = ROOT / room / "__init__.py"
+    text = init.read_text() if init.exists() else ""
+    listed = re.findall(r"^ *([a-z][a-z0-9_]*) {2,}\S", text, re.MULTILINE)
+    listed = [name for name in listed if not (ROOT / room / name).is_dir()]
+    if len(files.intersection(listed)) >= FEWEST_OF_A_LIST:
+        assert sorted(listed) == sorted(files), room
 
 
 def test_every_test_folder_stands_for_a_room() -> None:

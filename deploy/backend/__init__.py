@@ -2,6 +2,7 @@
 
 backend          the interface of the API to the cluster
 groups           that interface over the groups of a cluster
+directory        how many groups there are to be
 router           gives requests to the groups' engines, and moves them from a group that is lost
 routing          which group a request goes to; pure
 ray_backend      one group on Ray: the coordinator's answers, and whether the group can serve

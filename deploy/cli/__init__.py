@@ -8,6 +8,9 @@ plan_input   from those flags to traces, workers and problems
 plan_verbs   `emoe plan` and `emoe evaluate`
 compare      `emoe compare` and `emoe simulate`
 trace        `emoe trace`
+top          `emoe top`
+top_look     one look at a server, as values
+top_view     from looks to the text that is drawn
 
 The work itself is in deploy/launch (serve), optimizer/ (plans) and model/ (traces).
 """

@@ -1,6 +1,7 @@
 """Reads Hugging Face checkpoints: checks everything first, then loads the trunk or single experts.
 
     checkpoint    opens a model directory; every error of a checkpoint is found here, in one line
+    raw           reads JSON files as they are written, without torch
     limits        bounds on the numbers of a configuration
     stored        finds tensors in safetensors files and reads their bytes
     packed        stands a packed weight for the stored tensors that make it (model/formats/ knows how)

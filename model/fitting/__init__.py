@@ -4,7 +4,9 @@
     probe            finds the shapes of a trunk's layers
     latents          caches latents in place of keys and values
     small_ops        routers as native calls or kernels, and by model/operators/ norms and rotary embeddings
-    attention_half   the attention half of a layer as one native call; halves.py has what its kinds share
+    scored_routers   recognises routers that choose by scores and a bias
+    attention_half   the attention half of a layer as one native call
+    halves           what the kinds of attention halves have in common
     latent_half      the same for layers that attend to latents
     feed_forward     router, experts and shared expert as one native call
     state_layers     layers that keep states, for packed tokens; single tokens by native calls alone

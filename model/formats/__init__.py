@@ -6,7 +6,8 @@
     bytes8         FP8 by blocks, by channel and by tensor, MXFP8, and INT8
     floats4        MXFP4 and NVFP4
     integers       INT4 and INT8 in groups, as compressed-tensors packs them
-    awq, gptq      INT4 as AutoAWQ packs it; INT4 and INT8 as GPTQ's tools pack it
+    awq            INT4 as AutoAWQ packs it
+    gptq           INT4 and INT8 as GPTQ's tools pack them
 
 A format knows shapes and values only. Finding the tensors in files is left to model/checkpoints/packed.py.
 """

@@ -5,8 +5,11 @@
     flash            attention by torch's variable-length FlashAttention, on CUDA
     indexer          chooses the keys that tokens attend to, for sparse attention (DSA)
     kv_cache         blocks of keys and values of each layer
+    windows          layers with a sliding window, whose blocks are a pool of their own
     latent           attention over latents, of which keys and values are made (MLA)
     linear           linear layers with packed matrices
+    tied             a matrix that is embedding and output layer, packed
+    output_head      logits of any tokens of the last step
     step_batch       which tokens of the step that is being run belong to which sequence, and where its keys lie
     rotation         rotary embeddings that depend on a sequence's length
 

@@ -1,6 +1,7 @@
 """Which experts of a layer stay in a cache that is too small for all of them: the policies, and their simulation.
 
-interface   what a policy is asked, and the policies by name
+interface   what a policy is asked
+policies    those that a server can run, by name
 lifo        inactive experts first, then last in, first out (Huang et al.)
 lru         the expert that was used least recently
 lfu         the expert that was used in the fewest steps
