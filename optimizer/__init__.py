@@ -11,7 +11,7 @@ constants   the cost model's constants as they were measured, and their fit
 subjects    what changes of the traffic's subject ask of a placement
 core        the problem, its price, and what planners share
 buffering   which experts stay in a cache that is too small for all
-residency   which experts stay in the memory of a worker's device, and in which layers
+residency   what it costs that a worker's fast memory is too small for its experts
 search      the planner `local_search`
 ilp         the planner `ilp`
 baselines   planners from the literature, and simple rules
