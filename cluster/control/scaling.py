@@ -46,9 +46,11 @@ def check_memory(facts: Facts, target: int, retire: Sequence[WorkerId]) -> None:
     coming = target - len(staying)
     if not target or facts.fits(staying, coming):
         return
+    experts = facts.model.num_logical_experts
+    fewest = next((n for n in range(target, experts) if facts.fits(staying, n - len(staying))), experts)
     limits = [f"{m.id} {limit}" for m, limit in zip(staying, facts.limits(staying), strict=True)]
     raise PlacementError(
-        f"workers: expected at least {facts.fewest}: a layer has {facts.model.num_logical_experts} experts, and the"
+        f"workers: expected at least {fewest}: a layer has {experts} experts, and the"
         f" workers that would stay have memory for {', '.join(limits) or 'none'}"
         + (f"; {coming} would be started" if coming else "")
     )

@@ -256,9 +256,14 @@ class Facts:
 
     def tiered(self, members: Sequence[WorkerRecord], coming: int = 0) -> bool:
         """Whether each can serve experts from disk, and so many that have yet to be started."""
-        if coming and not self.usually_tiered:
+        if coming and (others := self._like_others) and not any(record.tiered for record in others):
             return False
         return all(record.tiered if record.info is not None else self.usually_tiered for record in members)
+
+    @property
+    def _like_others(self) -> list[WorkerRecord]:
+        """The workers that show what others will have: those that have loaded, or else the last that served."""
+        return self.loaded or [r for r in map(self.records.get, self.ranks) if r is not None and r.info is not None]
 
     def rooms(self, members: Sequence[WorkerRecord]) -> dict[WorkerId, Room | None]:
         """What each has for experts; None for one without a disk tier, or with memory for everything. Workers of a node
@@ -281,10 +286,10 @@ class Facts:
     def slots(self, members: Sequence[WorkerRecord], coming: int = 0) -> tuple[int, ...] | None:
         """Slots per layer of each, and of so many that have yet to be started; None where they have too little memory
         and cannot serve from disk."""
-        limits, experts = (
-            self.limits(members) + coming * [self._limit(self.usual_capacity)],
-            self.model.num_logical_experts,
-        )
+        experts = self.model.num_logical_experts
+        capacities = [record.capacity for record in self._like_others if record.capacity is not None]
+        another = self._limit(min(capacities, default=self.settings.expert_capacity))
+        limits = self.limits(members) + coming * [another]
         found = slots_of(limits, experts, self.settings.redundant_experts)
         return tiered_slots_of(limits, experts) if found is None and self.tiered(members, coming) else found
 

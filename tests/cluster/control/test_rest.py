@@ -99,3 +99,17 @@ def test_who_does_not_allow_it_keeps_a_worker() -> None:
     assert sim.facts.ranks == (W0,)
     with pytest.raises(PlacementError, match="expected 1 to 3"):
         sim.feed(ScaleRequested(workers=0))
+
+
+@pytest.mark.parametrize("wish", [ScaleRequested(workers=1), redeployed(workers=1, max_workers=3)])
+def test_a_rest_does_not_forget_how_much_memory_workers_have(wish: Event) -> None:
+    """One worker would wait for another one without end, and no scaling is taken while nothing is served."""
+    sim = serving(2, least=0, most=3, capacity=LAYERS * EXPERTS // 2)
+    sim.feed(ScaleRequested(workers=0))
+    idle(sim, 2)
+    assert sim.facts.rests
+    with pytest.raises(PlacementError, match="expected at least 2"):
+        sim.feed(wish)
+    sim.feed(ASKED)
+    sim.settle()
+    assert len(sim.facts.ranks) == 2
