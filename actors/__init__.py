@@ -2,7 +2,7 @@
 
 (this folder)  names of actors, time-outs (liveness), log lines, a watch over event loops, how a cluster ends,
                planners in processes that end, and what Ray runs in no actor (tasks)
-forkserver/    forks workers' processes from one that has imported PyTorch
+forkserver/    forks the processes of Ray's workers from two that have imported what they need
 remote/        typed calls to actors; connections for steps, requests and tokens
 caches/        what the scheduler knows of each worker: KV blocks and running requests; pure
 scheduler/     which request runs on which worker in the next step; pure

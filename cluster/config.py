@@ -199,8 +199,8 @@ class ServeConfig:
     )
     fork_workers: bool = setting(
         True,
-        "fork workers' processes from one that has imported PyTorch, so that they start sooner and share memory; only "
-        "on CPUs, and only where the server has started Ray itself",
+        "fork Ray's workers from processes that have imported what they need, so that they start sooner and share "
+        "memory; only on CPUs, and only where the server has started Ray itself",
     )
     step_timeout: float = setting(
         60.0,

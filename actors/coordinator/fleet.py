@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 from collections.abc import Awaitable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +18,7 @@ from elastic_moe.actors import names
 from elastic_moe.actors.coordinator.migrator import Migrator
 from elastic_moe.actors.description import describe
 from elastic_moe.actors.engine.engine import Engine, StepReports
-from elastic_moe.actors.forkserver import launcher
+from elastic_moe.actors.forkserver.stages import command_of_models, may_fork
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.planner_process import plan_apart
 from elastic_moe.actors.remote import generations, ray_nodes
@@ -339,7 +338,7 @@ class RayFleet:
 
     @property
     def _forks(self) -> bool:
-        return self._config.fork_workers and self._on_one_machines_cpus and sys.platform == "linux"
+        return may_fork(self._config, alone=self._alone) and self._on_one_machines_cpus
 
     @property
     def _on_one_machines_cpus(self) -> bool:
@@ -356,7 +355,7 @@ class RayFleet:
             # workers of one machine share its cores; if each reserved whole cores, some would not start
             resources = {"num_cpus": 0} if self._alone else {"num_cpus": 1, **self._place(node)}
         if self._forks:
-            resources["runtime_env"] = {"py_executable": launcher.command()}
+            resources["runtime_env"] = {"py_executable": command_of_models()}
         groups = {"concurrency_groups": {"io": IO_THREADS, "joins": JOIN_THREADS, "copies": COPY_THREADS}}
         return self._create(
             worker_class, names.actor_name(worker), {"max_restarts": 0, **resources}, groups, *arguments

@@ -21,8 +21,8 @@ from elastic_moe.actors.forkserver.request import (
     send,
 )
 
-_OF_SHELLS = ("_", "OLDPWD", "PWD", "SHLVL")
-"""Variables that a shell sets for itself."""
+_OF_NO_IMPORT = ("_", "OLDPWD", "PWD", "SHLVL", "RAY_JOB_ID")
+"""Variables that a shell sets for itself, and one that Ray reads when a worker begins: no import reads them."""
 REQUEST_S = 10.0
 """Seconds that a launcher has for its request and for its word to go."""
 
@@ -65,7 +65,7 @@ def agree(
 
 
 def _refusal(request: Request, surroundings: dict[str, str], environment: dict[str, str]) -> str:
-    names = [name for name in differences(environment, request.environment) if name not in _OF_SHELLS]
+    names = [name for name in differences(environment, request.environment) if name not in _OF_NO_IMPORT]
     if names:
         # libraries have read it while they were imported
         return f"the fork server's environment differs in {', '.join(names)}"

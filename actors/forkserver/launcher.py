@@ -1,13 +1,15 @@
-"""The command that Ray runs in place of Python: hands the worker that it is to be over to a fork of the node's server.
+"""The command that Ray runs in place of Python: hands the worker that it is to be over to a fork of a server.
 
-There is one server for each raylet. Its socket lies beside the raylet's own, in the directory of Ray's session, and
-the first launcher that finds nobody there starts a server. All launchers that come while it imports wait for it.
+There is one server of each stage for each raylet. Its socket lies beside the raylet's own, in the directory of Ray's
+session, and the first launcher that finds nobody there starts a server. All launchers that come while it imports wait
+for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shlex
 import signal
@@ -15,13 +17,14 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from elastic_moe.actors.forkserver.origin import note_start
 from elastic_moe.actors.forkserver.request import (
     GO,
     Answer,
     Request,
+    Stage,
     is_server,
     peer_of,
     receive_answer,
@@ -41,24 +44,27 @@ class Refused(Exception):
     """No fork can stand for this process. The text says why."""
 
 
-def command() -> str:
+def command(stages: Sequence[Stage]) -> str:
     """A shell's command that takes the place of Python in the command of a Ray worker, for Ray's `py_executable`. It
-    finds modules where this process does."""
+    finds modules where this process does.
+
+    stages: the first is the worker's own. If its server is to be started, so are those of the others that never were.
+    """
     code = (
         f"import sys; before = sys.path[:]; sys.path[:] = {sys.path!r}; "
-        f"from {__name__} import main; main(before, sys.argv[1:])"
+        f"from {__name__} import main; main(before, sys.argv[1:], {[tuple(stage) for stage in stages]!r})"
     )
     return shlex.join([sys.executable, "-P", "-c", code])
 
 
-def main(search_path: list[str], arguments: list[str]) -> None:
+def main(search_path: list[str], arguments: list[str], stages: Sequence[tuple[str, Sequence[str], bool]]) -> None:
     """Become the worker: by a fork, after which this process ends, or in this process. Does not return.
 
     search_path: where Python looks for modules, before this project changed that. arguments: the script that Ray runs,
-    and its own.
+    and its own. stages: as in `command`.
     """
     try:
-        hand_over(search_path, arguments, time.monotonic() + WAIT_S)
+        hand_over(search_path, arguments, [Stage(*stage) for stage in stages], time.monotonic() + WAIT_S)
     except (OSError, ValueError, Refused) as error:
         note_start(os.environ, str(error) or type(error).__name__)
         os.execv(sys.executable, [sys.executable, *arguments])
@@ -66,15 +72,15 @@ def main(search_path: list[str], arguments: list[str]) -> None:
     os._exit(0)
 
 
-def hand_over(search_path: list[str], arguments: list[str], deadline: float) -> int:
+def hand_over(search_path: list[str], arguments: list[str], stages: Sequence[Stage], deadline: float) -> int:
     """Returns the process id of the fork that runs the script now. deadline: as time.monotonic() tells.
 
     Raises Refused, or OSError or ValueError where the server does not answer as it should: then no fork runs.
     """
     umask = os.umask(0o077)
     os.umask(umask)
-    path = socket_path(arguments, os.environ)
-    with _connected(path, deadline) as connection, _directory() as directory:
+    sockets = {f"{socket_path(arguments, os.environ)}_{stage.name}": stage for stage in stages}
+    with _connected(sockets, deadline) as connection, _directory() as directory:
         request = Request(
             arguments=arguments,
             search_path=search_path,
@@ -106,7 +112,8 @@ def _answer(connection: socket.socket, deadline: float) -> Answer:
 
 
 def socket_path(arguments: list[str], environment: os._Environ[str]) -> str:
-    """Where the server of the raylet listens that has started this process. Raises Refused where no raylet has."""
+    """Where servers of the raylet that has started this process listen, without their stages. Raises Refused where no
+    raylet has."""
     raylet = environment.get("RAY_RAYLET_PID", "")
     sockets = [os.path.dirname(value.removeprefix(_RAYLET)) for value in arguments if value.startswith(_RAYLET)]
     if not raylet.isdigit() or not sockets:
@@ -124,8 +131,10 @@ def _directory() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _connected(path: str, deadline: float) -> Iterator[socket.socket]:
-    connection = _connect(path, deadline) or _start(path, deadline)
+def _connected(sockets: dict[str, Stage], deadline: float) -> Iterator[socket.socket]:
+    """sockets: the paths of all stages' sockets, the first of which is to be connected."""
+    path = next(iter(sockets))
+    connection = _connect(path, deadline) or _start(sockets, deadline)
     with connection:
         # the directory may be open to everybody, and whoever gets the request has the keys of its environment
         if peer_of(connection)[1] != os.geteuid():
@@ -148,42 +157,54 @@ def _connect(path: str, deadline: float) -> socket.socket | None:
     return connection
 
 
-def _start(path: str, deadline: float) -> socket.socket:
+def _start(sockets: dict[str, Stage], deadline: float) -> socket.socket:
     """Start the server, unless another launcher has done so meanwhile. It listens from the beginning, and answers when
     it has imported everything; if it fails, the connection ends."""
-    with _lock(f"{path}.lock", deadline):
+    path = next(iter(sockets))
+    with contextlib.ExitStack() as opened:
+        # of all stages, as one start may be that of several
+        opened.enter_context(_lock(f"{path.rpartition('_')[0]}.lock", deadline))
         if (connection := _connect(path, deadline)) is not None:
             return connection
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(path).st_uid != os.geteuid():
                 raise Refused(f"{path} is another user's")
             os.unlink(path)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            umask = os.umask(0o177)
-            try:
-                listener.bind(path)
-            finally:
-                os.umask(umask)
-            listener.listen(socket.SOMAXCONN)
-            _spawn(listener, path)
+        missing = {name: stage for name, stage in sockets.items() if not os.path.lexists(name)}
+        _spawn([(opened.enter_context(_listener(name)), name, stage) for name, stage in missing.items()])
         connection = _connect(path, deadline)
     if connection is None:
         raise Refused("the fork server has failed")
     return connection
 
 
-def _spawn(listener: socket.socket, path: str) -> None:
+def _listener(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    umask = os.umask(0o177)
+    try:
+        listener.bind(path)
+        listener.listen(socket.SOMAXCONN)
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(umask)
+    return listener
+
+
+def _spawn(openings: Sequence[tuple[socket.socket, str, Stage]]) -> None:
     import subprocess
 
     from elastic_moe.actors.forkserver.server import main as server
     from elastic_moe.cluster.interpreter import command_of
 
-    descriptor = listener.fileno()
-    # the process that is started here ends at once, and leaves the server behind as nobody's child: Ray kills the
+    descriptors = [listener.fileno() for listener, _, _ in openings]
+    told = [(descriptor, path, stage) for descriptor, (_, path, stage) in zip(descriptors, openings, strict=True)]
+    # the process that is started here ends at once, and leaves the servers behind as nobody's children: Ray kills the
     # children of a worker with it
     subprocess.run(
-        command_of(server, str(descriptor), path),
-        pass_fds=[descriptor],
+        command_of(server, json.dumps(told)),
+        pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
         check=False,
     )

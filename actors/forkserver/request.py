@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 GO = b"go"
@@ -33,6 +34,16 @@ _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 
 
 R = TypeVar("R", "Request", "Answer")
+
+
+class Stage(NamedTuple):
+    """What a fork server has imported: a later stage has what earlier ones have that were started with it."""
+
+    name: str
+    """A part of its socket's name."""
+    modules: Sequence[str]
+    model: bool
+    """Whether it imports the model's code as well."""
 
 
 class Request(NamedTuple):

@@ -1,13 +1,15 @@
-"""The fork server: imports what a worker needs, and forks for each launcher that connects.
+"""The fork servers: each imports what its workers need, and forks for each launcher that connects.
 
-It has one thread, opens no device and starts nothing, so a fork of it is as good as a new process. It does not import
-Ray, whose library starts threads and reads the environment. It ends with its raylet, or when it has had no fork for
-IDLE_S seconds. If it is killed, its forks go on, and the next launcher starts another one.
+A server has one thread, opens no device and starts nothing, so a fork of it is as good as a new process. Ray's library
+starts its threads when it connects, not when it is imported. A server ends with its raylet, or when it has had no fork
+for IDLE_S seconds. If it is killed, its forks go on, and the next launcher starts another one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
 import os
 import select
 import signal
@@ -16,7 +18,8 @@ import sys
 import time
 
 from elastic_moe.actors.forkserver.imports import import_model
-from elastic_moe.actors.forkserver.request import NAME, name_process, peer_of, surroundings
+from elastic_moe.actors.forkserver.ray_draws import draws_are_common, none_for_classes
+from elastic_moe.actors.forkserver.request import NAME, Stage, name_process, peer_of, surroundings
 from elastic_moe.cluster.interpreter import no_collection
 
 IDLE_S = 60.0
@@ -24,23 +27,38 @@ POLL_S = 5.0
 
 
 def main() -> None:
-    """The process itself: sys.argv has the descriptor of a socket that listens, and the path of that socket."""
-    listener = socket.socket(fileno=int(sys.argv[1]))
-    path = sys.argv[2]
+    """The process itself: sys.argv has the servers to be, in the order of their stages: each with the descriptor of a
+    socket that listens, the path of that socket, and the stage."""
+    openings = [
+        (socket.socket(fileno=descriptor), path, Stage(*stage)) for descriptor, path, stage in json.loads(sys.argv[1])
+    ]
     if os.fork():
         os._exit(0)
-    os.set_inheritable(listener.fileno(), False)
+    for listener, _, _ in openings:
+        os.set_inheritable(listener.fileno(), False)
     # a worker's process group ends with the worker
     os.setpgid(0, 0)
     os.chdir("/")
     name_process(NAME)
     ours, environment = surroundings(), dict(os.environ)
-    if reason := _import_model():
-        sys.stderr.write(f"workers are not forked: {reason}\n")
-        return
-    # a fork does not map the pages of libraries which only the imports have run: 46 MB
-    if os.fork():
+    # A worker's process has these when it imports numpy and PyTorch: Ray gives it one thread unless the user says
+    # otherwise, and the worker sets the number itself. With more, numpy's library starts threads
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    while openings:
+        listener, path, stage = openings.pop(0)
+        if reason := _import(stage):
+            sys.stderr.write(f"workers are not forked: {reason}\n")
+            return
+        # a fork does not map the pages of libraries which only the imports have run: 46 MB
+        if os.fork() == 0:
+            break
+        listener.close()
+    else:
         os._exit(0)
+    os.setpgid(0, 0)
+    for other, _, _ in openings:
+        other.close()
     connection = Server(listener, path, int(environment["RAY_RAYLET_PID"])).run()
     if connection is None:
         return
@@ -50,21 +68,20 @@ def main() -> None:
     become_worker(connection, ours, environment)
 
 
-def _import_model() -> str:
-    """Import what a worker needs. Returns why this process must not be forked, or nothing."""
-    # A worker's process has these when it imports PyTorch: Ray gives it one thread unless the user says otherwise, and
-    # the worker sets the number itself. With more, numpy's library starts threads
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import_model()
-    with no_collection():
-        import elastic_moe.actors.forkserver.fork  # noqa: F401
-    import torch
+def _import(stage: Stage) -> str:
+    """Import what workers of this stage need. Returns why this process must not be forked, or nothing."""
+    with no_collection(), none_for_classes():
+        for module in (*stage.modules, "elastic_moe.actors.forkserver.fork"):
+            importlib.import_module(module)
+    if stage.model:
+        import_model()
+        import torch
 
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return "the imports have opened a GPU"
-    threads = len(os.listdir("/proc/self/task"))
-    return "" if threads == 1 else f"the imports have started {threads - 1} threads"
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return "the imports have opened a GPU"
+    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+        return f"the imports have started {threads - 1} threads"
+    return "the imports have drawn from Ray's random numbers" if draws_are_common() else ""
 
 
 class Server:

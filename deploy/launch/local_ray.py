@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from elastic_moe.actors.forkserver.stages import command_of_others, may_fork
 from elastic_moe.actors.names import NAMESPACE
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError, UserError, why
@@ -29,6 +30,7 @@ from elastic_moe.deploy.launch.haproxy import INSIDE, write_haproxy
 from elastic_moe.deploy.launch.ray_environment import (
     PATIENCE_S,
     cluster_settings,
+    forking_settings,
     home_settings,
     local_settings,
     patience,
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from elastic_moe.actors.remote.ask import Remote
 
 APP_NAME = "emoe"
+_APPLICATION = "elastic_moe.deploy.launch.serve_app"
+"""It imports what the API, the actors that compute nothing and Serve's own need."""
 LEAST_SHARED_BYTES = 16 << 20
 """Free shared memory without which a server does not start."""
 GPU_DEVICES = ("nvidiactl", "nvidia0", "dxg", "kfd", "nvhost-gpu", "nvgpu")
@@ -92,12 +96,20 @@ class ServerProcesses:
         # the processes of a local Ray write to our log file themselves
         common["log_to_driver"] = not self.local
         if self.local:
+            if self._forks:
+                common["runtime_env"] = {"py_executable": command_of_others([_APPLICATION])}
             cpus = max(os.cpu_count() or 1, self._config.data_parallel_size * self._config.workers + 1)
             with self._without_modules():
                 ray_private.connect_locally(str(self._directory.ray), cpus, common)
             return
         with self._without_modules():
             join_ray(self._config.address or "", **common)
+
+    @property
+    def _forks(self) -> bool:
+        """Whether all workers of Ray are forked, those of Serve as well. Nobody has tried it beside GPUs."""
+        on_cpus = self._config.device == "cpu" or (self._config.device == "auto" and not _gpu_drivers())
+        return may_fork(self._config, alone=self.local) and on_cpus
 
     @contextlib.contextmanager
     def _without_modules(self) -> Iterator[None]:
@@ -120,6 +132,8 @@ class ServerProcesses:
                 self._directory.path, self._config, metrics_port=free_port(), stats_port=free_port()
             )
             wanted = local_settings(self._directory) | patience() | ports | haproxy
+            if self._forks:
+                wanted |= forking_settings()
             # FORWARDED_ALLOW_IPS belongs to uvicorn; this server has a setting of that name
             own = {name: wanted[name] for name in ("RAY_TMPDIR", "TMPDIR", "FORWARDED_ALLOW_IPS")}
             inherited = wanted | inherited | own | home_settings(self._directory)
@@ -279,8 +293,12 @@ def check_gpu(config: ServeConfig, devices: str = "/dev") -> None:
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles"):
         raise ConfigError("device: expected a GPU for cuda, but CUDA_VISIBLE_DEVICES hides them")
-    if not any(os.path.exists(os.path.join(devices, name)) for name in GPU_DEVICES):
+    if not _gpu_drivers(devices):
         raise ConfigError("device: expected a GPU for cuda, but this machine has no driver of one")
+
+
+def _gpu_drivers(devices: str = "/dev") -> bool:
+    return any(os.path.exists(os.path.join(devices, name)) for name in GPU_DEVICES)
 
 
 def check_shared_memory(path: str = "/dev/shm") -> None:

@@ -101,3 +101,8 @@ def local_settings(directory: RunDirectory) -> dict[str, str]:
         "RAY_task_events_report_interval_ms": "0",
         "REPORTER_UPDATE_INTERVAL_MS": "3600000",
     }
+
+
+def forking_settings() -> dict[str, str]:
+    """Settings of a Ray whose workers are forked: it starts none ahead, which would be no forks and stay idle."""
+    return {"RAY_prestart_worker_first_driver": "0"}

@@ -51,6 +51,7 @@ ENVIRONMENT: Mapping[str, str] = MappingProxyType(
         "RAY_ENABLE_AUTO_CONNECT": "_private/auto_init_hook.py",
         "RAY_USAGE_STATS_ENABLED": "_common/usage/usage_constants.py",
         "RAY_worker_niceness": _CORE,
+        "RAY_prestart_worker_first_driver": _CORE,
         "RAY_kill_worker_timeout_milliseconds": _CORE,
         "RAY_event_stats": _CORE,
         "RAY_enable_metrics_collection": _CORE,

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from elastic_moe.deploy.launch.local_ray import free_port
+from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 
 MODEL_NAME = "bench"
 MAX_MODEL_LEN = 2048
@@ -41,7 +42,12 @@ class Running:
     pid: int
 
 
-def ours(model: Path, workers: int, arguments: Sequence[str] = ()) -> Server:
+def ours(model: Path, workers: int, arguments: Sequence[str] = (), *, kv_tokens: int | None = None) -> Server:
+    """`kv_tokens`: tokens for whose keys and values all workers have room together; None: the default room."""
+    if kv_tokens is not None:
+        info = open_checkpoint(model).info
+        room = SLOTS * info.kv_bytes(info.dtype, kv_tokens // SLOTS)
+        arguments = [*arguments, "--kv-cache-memory-bytes", str(room // workers)]
     emoe = str(Path(sys.executable).with_name("emoe"))
     name = f"elastic-moe, {workers} worker{'s' if workers > 1 else ''}"
     return Server(

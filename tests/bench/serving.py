@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from elastic_moe.cluster.fit import CodePath, FitReport, Part, PartFit
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from tests.bench import servers
-from tests.bench.client import Client
+from tests.bench.client import LONG_PROMPT_TOKENS, Client
 from tests.bench.machine import floor_of, measure_machine, where_and_when
 from tests.bench.processes import cpu_between, cpu_times, memory_bytes
 from tests.bench.report import Run, load, report, save
@@ -112,11 +112,16 @@ def _mean_between(before: tuple[float, float] | None, after: tuple[float, float]
 
 def chosen_servers(args: argparse.Namespace, model: Path) -> list[Server]:
     """Ours first, then the peers that were named."""
-    chosen = [servers.ours(model, n, args.serve_args.split()) for n in map(int, args.workers.split(",")) if n]
+    kv_tokens, workers = args.kv_tokens, [n for n in map(int, args.workers.split(",")) if n]
+    chosen = [servers.ours(model, n, args.serve_args.split(), kv_tokens=kv_tokens) for n in workers]
     if args.vllm:
         chosen.append(servers.vllm(args.vllm, model))
     if args.llama_cpp:
-        chosen += [servers.llama_cpp(args.llama_cpp, model, args.out, kind) for kind in args.llama_types.split(",")]
+        sequence = servers.MAX_MODEL_LEN if kv_tokens is None else kv_tokens // servers.SLOTS
+        chosen += [
+            servers.llama_cpp(args.llama_cpp, model, args.out, kind, sequence=sequence)
+            for kind in args.llama_types.split(",")
+        ]
     return chosen
 
 
@@ -129,10 +134,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vllm", type=Path, metavar="VENV", help="virtual environment with vLLM")
     parser.add_argument("--llama-cpp", type=Path, metavar="SOURCE", help="llama.cpp's source tree, built in build/")
     parser.add_argument("--llama-types", default="bf16", help="types to convert to: bf16, q8_0; ratios are over bf16")
+    parser.add_argument(
+        "--kv-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="give all workers together, and llama.cpp, room for keys and values of this number of tokens; llama.cpp "
+        f"always has {servers.SLOTS * servers.MAX_MODEL_LEN} otherwise, and we take what is free",
+    )
     parser.add_argument("--repeat", type=int, default=1, help="rounds over all servers; medians are shown")
     parser.add_argument("--append", action="store_true", help="add to the runs that are in --out")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.kv_tokens is not None:
+        if args.vllm:
+            parser.error("--kv-tokens: vLLM's room is not set by it; leave --vllm out")
+        if args.kv_tokens < (least := servers.SLOTS * (LONG_PROMPT_TOKENS + 1)):
+            parser.error(f"--kv-tokens: expected {least} at least, as each of {servers.SLOTS} slots takes every prompt")
+    return args
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.bench.gating import OURS, ROWS, Result, chosen_policies, merge, not_a
 from tests.bench.machine import Floor, Machine, floor_of
 from tests.bench.processes import MODEL, cpu_between, purpose, share_beside_model
 from tests.bench.report import Run, at, better_peer, floor_table, load, report, save, serving_table
+from tests.bench.servers import SLOTS, ours
 from tests.model.families import tiny_checkpoint
 from tests.model.random_checkpoint import make_random_checkpoint
 
@@ -156,3 +158,13 @@ def test_policies_are_chosen_by_parts_of_their_names() -> None:
     assert chosen_policies("") == list(ROWS)
     with pytest.raises(argparse.ArgumentTypeError, match="no policy's name holds 'tutle'; there are: GShard"):
         chosen_policies("tutle")
+
+
+def test_equal_room_for_keys_and_values_is_shared_by_the_workers(tmp_path: Path) -> None:
+    model = make_random_checkpoint(tmp_path, "qwen3_moe", hidden=64, layers=3, heads=4, dtype="bfloat16")
+    text = json.loads((model / "config.json").read_text())
+    numbers = text["num_hidden_layers"] * text["num_key_value_heads"] * 2 * (text["hidden_size"] // 4)
+    command = ours(model, 2, ["--no-standby"], kv_tokens=SLOTS * 100).command
+    # 2 bytes for a number, and half of them for each worker
+    assert command[-3:] == ["--no-standby", "--kv-cache-memory-bytes", str(SLOTS * 100 * numbers)]
+    assert "--kv-cache-memory-bytes" not in ours(model, 2).command

@@ -18,6 +18,11 @@ def strike(bench: Bench, *roles: str, hang: bool = False) -> None:
     bench.strike(*roles, hang=hang)
 
 
+def strike_with_fork_servers(bench: Bench, role: str) -> None:
+    """All that there are: what was killed before is started again only when it is needed."""
+    bench.strike(role, *["fork server"] * len(bench.processes("fork server")))
+
+
 def strike_while_idle(bench: Bench, *roles: str, hang: bool = False) -> None:
     """Found although nothing runs; the load comes back when it is dealt with."""
     bench.load.rest()
@@ -136,7 +141,9 @@ FAULTS: dict[str, Scenario] = {
     "kill 2 workers": _named(strike, "worker", "worker"),
     "kill worker and engine": _named(strike, "worker", "engine"),
     "kill worker and coordinator": _named(strike, "worker", "coordinator"),
-    "kill worker and fork server": _named(strike, "worker", "fork server"),
+    "kill worker and fork servers": _named(strike_with_fork_servers, "worker"),
+    "kill engine and fork servers": _named(strike_with_fork_servers, "engine"),
+    "kill coordinator and fork servers": _named(strike_with_fork_servers, "coordinator"),
     "kill engine and coordinator": _named(strike, "engine", "coordinator"),
     "kill worker, then worker in recovery": _named(strike_twice, "worker", "worker"),
     "kill worker, then engine in recovery": _named(strike_twice, "worker", "engine"),

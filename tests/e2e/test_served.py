@@ -43,6 +43,18 @@ def test_only_workers_have_pytorch(server: Server) -> None:
     assert [(p.pid, p.name()) for p in having if p not in workers] == [(server, NAME)]
 
 
+def test_all_workers_of_ray_are_forks(server: Server) -> None:
+    """Each shares what Ray, Serve and the API import. The two agents are no workers."""
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    titles = {p: p.cmdline()[0] for p in family if p.cmdline()}
+    workers = {p: title for p, title in titles.items() if title.startswith("ray::") and not title.endswith("Agent")}
+    kinds = {title.removeprefix("ray::").partition(":")[0].partition(".")[0] for title in workers.values()}
+    serve = {"ServeController", "ProxyActor", "HAProxyManager", "ServeReplica"}
+    assert kinds == serve | {"Coordinator", "Engine", "Migrator", "WorkerActor"}
+    servers = {psutil.Process(p.ppid()) for p in workers}
+    assert [s.name() for s in servers] == [NAME, NAME]
+
+
 def test_chat(server: Server, reference: Reference) -> None:
     messages: Any = [{"role": "user", "content": "Where is the expert?"}]
     answer = server.client().chat.completions.create(model=MODEL, messages=messages, max_tokens=16, **GREEDY)

@@ -17,8 +17,8 @@ import psutil
 import ray
 from ray.exceptions import RayActorError
 
-from elastic_moe.actors.forkserver import launcher
 from elastic_moe.actors.forkserver.origin import origin
+from elastic_moe.actors.forkserver.stages import command_of_models
 from tests.actors.forkserver.harness import gone, wait
 
 
@@ -42,7 +42,7 @@ class Worker:
 def start(number: int) -> tuple[list[Any], list[dict[str, Any]]]:
     made: Any = ray.remote(Worker)
     actors = [
-        made.options(num_cpus=0, runtime_env={"py_executable": launcher.command()}).remote() for _ in range(number)
+        made.options(num_cpus=0, runtime_env={"py_executable": command_of_models()}).remote() for _ in range(number)
     ]
     return actors, ray.get([actor.describe.remote() for actor in actors], timeout=120)
 

@@ -9,15 +9,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from elastic_moe.actors.forkserver import launcher
-from elastic_moe.actors.forkserver.request import NAME, name_process, surroundings
+from elastic_moe.actors.forkserver.request import NAME, Stage, name_process, surroundings
 from elastic_moe.actors.forkserver.server import Server
+from elastic_moe.actors.forkserver.stages import MODEL
 from elastic_moe.cluster.interpreter import command_of
 
 SCRIPT = str(Path(__file__).with_name("report.py"))
@@ -51,8 +52,13 @@ class Node:
         # pytest sets it anew in each phase of a test
         os.environ.pop("PYTEST_CURRENT_TEST", None)
         self.environment = os.environ | {"RAY_RAYLET_PID": str(self.raylet.pid), "OPENBLAS_NUM_THREADS": "1"}
-        self.path = directory / f"fork_{self.raylet.pid}"
+        self.lock = directory / f"fork_{self.raylet.pid}.lock"
+        self.path = self.path_of(MODEL)
         self.started: list[subprocess.Popen[str]] = []
+
+    def path_of(self, stage: Stage) -> Path:
+        """The socket of the stage's server. `path` is that of the workers which compute."""
+        return self.directory / f"fork_{self.raylet.pid}_{stage.name}"
 
     def arguments(self, report: Path, *rest: str) -> list[str]:
         """The script that stands for Ray's, and its arguments."""
@@ -64,10 +70,12 @@ class Node:
         wait(self.path.exists)
         return process
 
-    def launch(self, report: Path, *rest: str, **environment: str) -> subprocess.Popen[str]:
+    def launch(
+        self, report: Path, *rest: str, stages: Sequence[Stage] = (MODEL,), **environment: str
+    ) -> subprocess.Popen[str]:
         """Start a worker as Ray does."""
         arguments = self.arguments(report, *rest)
-        return self._start(["bash", "-c", f"exec {launcher.command()} {' '.join(arguments)}"], **environment)
+        return self._start(["bash", "-c", f"exec {launcher.command(stages)} {' '.join(arguments)}"], **environment)
 
     def plain(self, report: Path, *rest: str) -> subprocess.Popen[str]:
         """The same without a launcher."""
@@ -90,7 +98,7 @@ class Node:
     def hand_over(self, report: Path, *rest: str, within_s: float = 10) -> int:
         """In this process, which is no worker."""
         os.environ.pop("PYTEST_CURRENT_TEST", None)
-        return launcher.hand_over(sys.path, self.arguments(report, *rest), time.monotonic() + within_s)
+        return launcher.hand_over(sys.path, self.arguments(report, *rest), [MODEL], time.monotonic() + within_s)
 
     def close(self) -> None:
         family = [psutil.Process(process.pid) for process in self.started if psutil.pid_exists(process.pid)]

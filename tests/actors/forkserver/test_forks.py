@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +20,8 @@ import pytest
 from elastic_moe.actors.forkserver import launcher
 from elastic_moe.actors.forkserver.launcher import Refused
 from elastic_moe.actors.forkserver.origin import origin
-from elastic_moe.actors.forkserver.request import Answer, peer_of, receive_request, send
+from elastic_moe.actors.forkserver.request import Answer, Stage, peer_of, receive_request, send
+from elastic_moe.actors.forkserver.stages import MODEL, command_of_models
 from tests.actors.forkserver.harness import SCRIPT, Node, gone, node, read, wait
 
 
@@ -148,6 +150,18 @@ def test_another_environment_is_refused(a_node: Node, tmp_path: Path, monkeypatc
         a_node.hand_over(tmp_path / "report")
 
 
+def test_workers_of_several_jobs_are_forks_of_one_server(
+    a_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts a detached actor's worker for no job. The variable is read when a worker begins, and by no import."""
+    server = a_node.serve()
+    monkeypatch.setenv("RAY_JOB_ID", "ffffffff")
+    a_node.hand_over(tmp_path / "report")
+    found, own = read(tmp_path / "report")
+    assert own["parent"] == server.pid
+    assert found["environment"]["RAY_JOB_ID"] == "ffffffff"
+
+
 def test_what_a_fork_cannot_take_over_is_refused(a_node: Node, tmp_path: Path) -> None:
     a_node.serve()
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -233,11 +247,11 @@ def test_a_launcher_starts_python_where_no_server_can_be(a_node: Node, tmp_path:
             a_node.directory = tmp_path / ("d" * 100)
             a_node.directory.mkdir()
         case "locked":
-            Path(f"{a_node.path}.lock").mkdir()
+            a_node.lock.mkdir()
         case "no raylet":
             environment["RAY_RAYLET_PID"] = ""
     report = tmp_path / "report"
-    command = ["bash", "-c", f"exec {launcher.command()} {' '.join(a_node.arguments(report))}"]
+    command = ["bash", "-c", f"exec {command_of_models()} {' '.join(a_node.arguments(report))}"]
     subprocess.run(command, env=a_node.environment | environment, check=True, timeout=60, capture_output=True)
     found, own = read(report)
     said = origin(found["environment"])
@@ -269,13 +283,51 @@ def test_the_first_launchers_start_one_server(a_node: Node, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_server_that_cannot_be_forked_ends_and_launchers_go_on(a_node: Node, tmp_path: Path) -> None:
-    """Its imports fail, so their connections end."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif 'forkserver.server' in str(sys.orig_argv): sys.modules['torch'] = None\n"
-    )
+def test_servers_of_two_stages_start_as_one_and_share_what_the_first_has_imported(a_node: Node, tmp_path: Path) -> None:
+    others = Stage("others", ("ray._private.workers.default_worker", "ray.serve"), False)
+
+    def fork(name: str, *stages: Stage) -> tuple[dict[str, Any], int, int]:
+        process = a_node.launch(tmp_path / name, "wait", "ids", stages=stages)
+        found, own = read(tmp_path / name)
+        assert process.wait(30) == 0
+        return found, own["pid"], own["parent"]
+
+    made = [fork("a", others, MODEL), fork("b", MODEL), fork("c", others, MODEL)]
+    servers = [server for _, _, server in made]
+    assert servers[0] == servers[2] != servers[1]
+    libraries = [Path(f"/proc/{pid}/maps").read_text() for _, pid, _ in made]
+    assert ["libtorch_cpu.so" in maps for maps in libraries] == [False, True, False]
+    assert all("_raylet.so" in maps for maps in libraries)
+    assert all("ray.serve" in found["imported"] for found, _, _ in made)
+    assert all(found["threads"] == [1, True] for found, _, _ in made)
+    # what Ray's library draws, it draws anew in each fork
+    assert len({found["ray id"] for found, _, _ in made}) == 3
+    # one server's death is nothing to the other
+    os.kill(servers[0], signal.SIGKILL)
+    wait(lambda: gone(servers[0]))
+    made += [fork("d", others, MODEL), fork("e", MODEL)]
+    assert made[3][2] not in servers
+    assert made[4][2] == servers[1]
+    for _, pid, _ in made:
+        os.kill(pid, signal.SIGKILL)
+    a_node.raylet.kill()
+    wait(lambda: all(gone(server) for _, _, server in made))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["its imports fail", "its imports draw from Ray's random numbers"])
+def test_a_server_that_cannot_be_forked_ends_and_launchers_go_on(a_node: Node, tmp_path: Path, fault: str) -> None:
+    """Their connections end."""
+    stage = MODEL
+    if fault == "its imports fail":
+        (tmp_path / "sitecustomize.py").write_text(
+            "import sys\nif 'forkserver.server' in str(sys.orig_argv): sys.modules['torch'] = None\n"
+        )
+    else:
+        (tmp_path / "draws.py").write_text("import ray\nray.NodeID.from_random()\n")
+        stage = Stage("others", ("draws",), False)
     begun = time.monotonic()
-    process = a_node.launch(tmp_path / "report", PYTHONPATH=str(tmp_path))
+    process = a_node.launch(tmp_path / "report", stages=[stage], PYTHONPATH=str(tmp_path))
     found, own = read(tmp_path / "report")
     assert process.wait(30) == 0
     assert own["pid"] == process.pid
@@ -294,7 +346,7 @@ def own_and_shared_bytes(pid: int) -> int:
 def test_the_command_finds_this_project_from_anywhere(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit('a module of the current directory was imported')")
     out = subprocess.run(
-        ["bash", "-c", f"exec {launcher.command()} -c 'print(__name__)'"],
+        ["bash", "-c", f"exec {command_of_models()} -c 'print(__name__)'"],
         cwd=tmp_path,
         env={"PATH": os.environ["PATH"], "PYTHONSAFEPATH": "1"},
         check=True,
@@ -303,4 +355,4 @@ def test_the_command_finds_this_project_from_anywhere(tmp_path: Path) -> None:
         timeout=60,
     )
     assert out.stdout == "__main__\n"
-    assert sys.executable in launcher.command()
+    assert sys.executable in command_of_models()

@@ -23,7 +23,7 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.deploy.launch import haproxy, ray_private
 from elastic_moe.deploy.launch.haproxy_config import SERVE_LINES
 from elastic_moe.deploy.launch.local_ray import free_port
-from elastic_moe.deploy.launch.ray_environment import local_settings, patience
+from elastic_moe.deploy.launch.ray_environment import forking_settings, local_settings, patience
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from tests.deploy.proxied import serves_configuration
 
@@ -115,7 +115,7 @@ def test_ray_reads_the_environment_variable(name: str, file: str) -> None:
 
 
 def test_every_variable_that_is_set_is_in_the_table(tmp_path: Path) -> None:
-    settings = local_settings(RunDirectory(path=tmp_path, lock=-1)) | patience()
+    settings = local_settings(RunDirectory(path=tmp_path, lock=-1)) | patience() | forking_settings()
     settings |= haproxy.write_haproxy(tmp_path, ServeConfig(), metrics_port=1, stats_port=2)
     assert set(settings) - NOT_RAYS <= set(ray_private.ENVIRONMENT)
 
