@@ -24,6 +24,16 @@ def ending(text: str, most: int) -> str:
     return "... " + (kept.partition(" ")[2] or kept)
 
 
+def counted(number: int, noun: str, nouns: str = "") -> str:
+    """A number with its noun, such as `1 worker`, `2 workers` or, with `nouns`, `2 copies`."""
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def expected_engine(groups: int) -> str:
+    """What a message says that was expected where the number of a group's engine is out of range."""
+    return "0, since there is one group" if groups == 1 else f"0 to {groups - 1}"
+
+
 def meant(name: str, known: Iterable[str]) -> str:
     """What a message says behind a name that is not known, such as ` (did you mean port?)`; empty if none is alike."""
     words = {word.lstrip("-"): word for word in known}

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.errors import PlacementError, why
+from elastic_moe.cluster.lines import counted
 
 WorkerId = NewType("WorkerId", str)
 
@@ -201,7 +202,9 @@ class Placement:
         if owners is not None and owners != placement.slot_to_worker.tolist():
             raise PlacementError("placement: slot_to_worker must list each worker's slots one after another, in order")
         if layers is not None and layers != placement.num_layers:
-            raise PlacementError(f"placement: num_layers is {layers}, the map has {placement.num_layers} rows")
+            raise PlacementError(
+                f"placement: num_layers is {layers}, the map has {counted(placement.num_layers, 'row')}"
+            )
         return placement
 
     @classmethod
@@ -294,7 +297,9 @@ def contiguous(num_layers: int, num_logical_experts: int, workers: Sequence[Work
     """
     room = sum(worker.slots for worker in workers)
     if room < num_logical_experts:
-        raise PlacementError(f"{num_logical_experts} experts do not fit the {room} slots of {len(workers)} workers")
+        raise PlacementError(
+            f"{num_logical_experts} experts do not fit the {counted(room, 'slot')} of {counted(len(workers), 'worker')}"
+        )
     row: list[int] = []
     given = 0
     for rank, worker in enumerate(workers):

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from elastic_moe.cluster.errors import ConfigError, why
+from elastic_moe.cluster.lines import counted
 
 DAY_S = 86_400.0
 """The longest wait that a setting may ask for, in seconds, unless it says another."""
@@ -195,7 +196,7 @@ class _Loader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"key {name!r} is there {names.count(name)} times")
+                raise ValueError(f"key {name!r} is there {counted(names.count(name), 'time')}")
         return super().construct_mapping(node, deep)
 
 

@@ -18,6 +18,7 @@ import time
 from elastic_moe.actors.forkserver.imports import import_model
 from elastic_moe.actors.forkserver.request import NAME, name_process, peer_of, surroundings
 from elastic_moe.cluster.interpreter import no_collection
+from elastic_moe.cluster.lines import counted
 
 IDLE_S = 60.0
 POLL_S = 5.0
@@ -64,7 +65,7 @@ def _import_model() -> str:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return "the imports have opened a GPU"
     threads = len(os.listdir("/proc/self/task"))
-    return "" if threads == 1 else f"the imports have started {threads - 1} threads"
+    return "" if threads == 1 else f"the imports have started {counted(threads - 1, 'thread')}"
 
 
 class Server:

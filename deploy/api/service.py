@@ -22,6 +22,7 @@ from elastic_moe.actors.remote.key_value import KeyValue, LocalKeyValue
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
@@ -261,7 +262,8 @@ class Service:
         fewest = self.texts.tokenizer.fewest_tokens(text)
         if fewest > limits.max_model_len and not to_be_cut:
             raise RequestError(
-                f"{param}: at least {fewest} tokens; this model's maximum context length is {limits.max_model_len}",
+                f"{param}: at least {counted(fewest, 'token')}; this model's maximum context length is "
+                f"{limits.max_model_len}",
                 param=param,
                 code="context_length_exceeded",
             )

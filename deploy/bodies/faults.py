@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.lines import meant
+from elastic_moe.cluster.lines import counted, meant
 from elastic_moe.deploy.bodies.bounds import MAX_STOPS
 from elastic_moe.deploy.bodies.json_text import type_name
 
@@ -29,11 +29,11 @@ EXPECTED: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "greater_than_equal": lambda c: f"at least {c['ge']}",
     "less_than": lambda c: f"less than {c['lt']}",
     "less_than_equal": lambda c: f"at most {c['le']}",
-    "string_too_short": lambda c: f"at least {c['min_length']} characters",
-    "string_too_long": lambda c: f"at most {c['max_length']} characters",
+    "string_too_short": lambda c: f"at least {counted(c['min_length'], 'character')}",
+    "string_too_long": lambda c: f"at most {counted(c['max_length'], 'character')}",
     "string_pattern_mismatch": lambda c: f"characters as in {c['pattern']}",
-    "too_short": lambda c: f"at least {c['min_length']} element{'s' * (c['min_length'] != 1)}",
-    "too_long": lambda c: f"at most {c['max_length']} elements",
+    "too_short": lambda c: f"at least {counted(c['min_length'], 'element')}",
+    "too_long": lambda c: f"at most {counted(c['max_length'], 'element')}",
 }
 """What was expected, by pydantic's type of the error; c is the context of the error."""
 

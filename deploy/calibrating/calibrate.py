@@ -17,6 +17,7 @@ import psutil
 
 from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.cluster.facts.sampling import RoutingSample, as_choices
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import EMPTY, Placement, Worker, contiguous
 from elastic_moe.cluster.setting import check_file
@@ -91,7 +92,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     with _nodes_of(args.address) as node_ids:
         nodes = max(1, len(node_ids))
         if min(numbers) < nodes:
-            raise ConfigError(f"--workers: expected one for each of {nodes} nodes, got {min(numbers)}")
+            raise ConfigError(f"--workers: expected one for each of {counted(nodes, 'node')}, got {min(numbers)}")
         for number in numbers:
             constants, checked = calibrate(args, served, dtype, number, node_ids)
             measured.append(constants)
@@ -250,7 +251,7 @@ def _as_text(constants: Constants, checked: Checked) -> str:
         else f"\nthe workers of a node share cores, as if {constants.node_cores:g} of them computed at once"
     )
     return (
-        f"{constants.workers} workers{on}, steps of {constants.step_tokens} tokens:"
+        f"{constants.workers} workers{on}, steps of {counted(constants.step_tokens, 'token')}:"
         f" {1e6 * constants.token_expert_s:.3f} us for a token in an expert, {1e3 * constants.base_s:.2f} ms of a step"
         f" beside that, {link}{shared}\n"
         f"placements that were not fitted, from best to worst, in ms:\n"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.cluster.lines import meant
+from elastic_moe.cluster.lines import counted, meant
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.deploy.cli.plan_input import (
     choose_workers,
@@ -77,7 +77,8 @@ def run_compare(args: argparse.Namespace) -> int:
     write_csv(args.out / "table.csv", rows)
     table = markdown(rows)
     if limited.move_budget is not None:
-        table += f"\n`auto` moves at most {limited.move_budget} experts (--move-share); the others are not limited.\n"
+        most = counted(limited.move_budget, "expert")
+        table += f"\n`auto` moves at most {most} (--move-share); the others are not limited.\n"
     if args.tests and each:
         note = behind_on_unseen(rows, seen=names_of(paths)[: 1 + len(args.scenarios)])
         table += f"\n{note}" if note else ""

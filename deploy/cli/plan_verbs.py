@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.cluster.setting import check_file
 from elastic_moe.deploy.cli.plan_input import (
@@ -115,7 +116,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     trace = read_trace(args, args.trace, placement)
     if placement.num_layers != trace.num_layers:
         raise TraceError(
-            f"{args.placement} is a placement of {placement.num_layers} layers, {args.trace} has {trace.num_layers}"
+            f"{args.placement} is a placement of {counted(placement.num_layers, 'layer')}, {args.trace} has "
+            f"{trace.num_layers}"
         )
     if args.workers not in (None, len(placement.workers)):
         raise ConfigError(f"--workers: {args.placement} is a placement on {len(placement.workers)}, got {args.workers}")

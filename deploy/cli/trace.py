@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cluster.errors import ConfigError, why
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.setting import MILLION, check_file, number_flag, path_flag
 from elastic_moe.deploy.launch.builtin import MODEL_DIR, trace_names, trace_path
 from elastic_moe.model.checkpoints.raw import read_configuration
@@ -88,7 +89,7 @@ def run_record(args: argparse.Namespace) -> int:
             save_trace(file, trace)
     except OSError as error:
         raise ConfigError(f"{args.out}: {error.strerror}") from None
-    print(f"{args.out}: {trace.num_tokens} tokens of {len(trace.request_lengths)} requests")
+    print(f"{args.out}: {counted(trace.num_tokens, 'token')} of {counted(len(trace.request_lengths), 'request')}")
     return 0
 
 

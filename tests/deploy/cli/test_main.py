@@ -273,11 +273,11 @@ def test_recoveries_and_scaling_are_printed_once() -> None:
     recover = {"operation_id": "recover-2", "kind": "recover", "phase": "preparing", "reason": "w0 lost", "error": None}
     reported: set[str] = set()
     assert news([recover, start], reported) == []
-    ended = recover | {"phase": "completed", "reason": "w0 lost; epoch 2 with 1 workers"}
+    ended = recover | {"phase": "completed", "reason": "w0 lost; epoch 2 with 1 worker"}
     scale = {"operation_id": "mine", "kind": "scale", "phase": "failed", "reason": "to 3", "error": "replaced"}
     # newest first, as the server tells them
     assert news([scale, ended, start], reported) == [
-        "recover-2 completed: w0 lost; epoch 2 with 1 workers",
+        "recover-2 completed: w0 lost; epoch 2 with 1 worker",
         "mine failed: replaced",
     ]
     assert news([scale, ended, start], reported) == []
