@@ -33,7 +33,8 @@ from elastic_moe.deploy.backend.backend import Backend
 from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.bodies import Bodies
 from elastic_moe.deploy.bodies.bounds import TokenIds
-from elastic_moe.deploy.bodies.schema import ChatCompletionRequest, Message, SamplingFields, TemplateFields, parse
+from elastic_moe.deploy.bodies.messages import Message
+from elastic_moe.deploy.bodies.schema import ChatCompletionRequest, SamplingFields, TemplateFields, parse
 from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
 from elastic_moe.deploy.generation.metrics import Metrics
@@ -291,7 +292,9 @@ class Service:
         answers: list[Answer] = []
         for prompt in prompts:
             if not prompt.token_ids:
-                raise RequestError(f"{prompt.param}: expected at least one token", param=prompt.param)
+                raise RequestError(
+                    f"{prompt.param}: expected at least one token, got an empty text", param=prompt.param
+                )
             check_token_ids(prompt.token_ids, limits.vocab_size, prompt.param)
             token_ids = tuple(prompt.token_ids)
             for choice in range(body.num_choices):

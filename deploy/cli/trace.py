@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cluster.errors import ConfigError, why
-from elastic_moe.cluster.lines import counted
+from elastic_moe.cluster.lines import counted, json_fault
 from elastic_moe.cluster.setting import MILLION, check_file, number_flag, path_flag
 from elastic_moe.deploy.launch.builtin import MODEL_DIR, trace_names, trace_path
 from elastic_moe.model.checkpoints.raw import read_configuration
@@ -123,8 +123,8 @@ def _requests(path: Path, text: str, tokenizer: Tokenizer, size: int) -> Iterato
 def _prompt(where: str, line: str) -> str:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f'{where}: expected JSON, an object with a text "prompt": {error}') from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f'{where}: expected JSON, an object with a text "prompt": {json_fault(error)}') from None
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ConfigError(f'{where}: expected an object with a text "prompt"')

@@ -61,7 +61,15 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["serve", "--workers", "many"], "--workers"),
+        (["serve", "--workers", "many"], "--workers: expected a whole number, got 'many'"),
+        (["serve", "--step-timeout", "1m"], "--step-timeout: expected a number, got '1m'"),
+        (
+            ["serve", "--fork-workers", "no"],
+            "--fork-workers: takes no value: write --fork-workers or --no-fork-workers",
+        ),
+        (["serve", "--no-fork-workers=1"], "--no-fork-workers: takes no value: write"),
+        (["scale", "--workers", "2", "--wait=true"], "--wait: takes no value: write --wait alone"),
+        (["serve", "--port"], "--port: expected a value"),
         (["serve", "--workers", "0"], "workers"),
         (["serve", "--wokers", "2"], "unknown flag --wokers (did you mean --workers?); `emoe serve --help` lists all"),
         (["serve", "--max-model-le=4"], "unknown flag --max-model-le (did you mean --max-model-len?)"),
@@ -88,7 +96,7 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
         (["serve", "--planner", "best"], "--planner"),
         (["serve", "--expert-memory-bytes", "8GX"], "--expert-memory-bytes: expected bytes, or a size such as 8GB"),
         (["serve", "--step-timeout", "1e30"], "step_timeout: expected 1 to 86400, got 1e+30"),
-        (["serve", "--max-model-len", "32q"], "--max-model-len: expected an integer, or one such as 32k"),
+        (["serve", "--max-model-len", "32q"], "--max-model-len: expected a whole number, or one such as 32k"),
         (["serve", "--calibration", ""], "calibration: expected some text, got an empty one"),
         (["serve", "--config", ""], "--config: expected a path, got an empty text"),
         (["serve", "--tool-call-parser", "foo"], "tool_call_parser: expected one of deepseek_v3, "),
