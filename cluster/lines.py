@@ -31,6 +31,17 @@ def counted(number: int, noun: str, nouns: str = "") -> str:
     return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
+def size_text(nbytes: float) -> str:
+    """A number of bytes in the unit in which it has one to three digits before the point, such as 12.2 MB."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        nbytes /= 1000
+        if nbytes < 1000:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1000:.1f} TB"
+
+
 def expected_engine(groups: int) -> str:
     """What a message says that was expected where the number of a group's engine is out of range."""
     return "0, since there is one group" if groups == 1 else f"0 to {groups - 1}"

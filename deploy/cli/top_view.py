@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elastic_moe.cluster.facts.operations import ENDED
-from elastic_moe.cluster.lines import counted
+from elastic_moe.cluster.lines import counted, size_text
 from elastic_moe.cluster.messages.views import Operation, Phase, WorkerState
 from elastic_moe.deploy.cli.top_look import FloatArray, Look, SeenWorker, mean_s, rate, relative_load
 
@@ -293,13 +293,7 @@ def seconds(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+    return "-" if value is None else size_text(value)
 
 
 def printable(text: str) -> str:

@@ -70,7 +70,14 @@ def test_bodies_that_are_too_large_or_of_another_type(call: Call) -> None:
     json_type = {"content-type": "application/json"}
     large = call("POST", "/v1/completions", content=b'"' + b"a" * 10_000_000 + b'"', headers=json_type)
     assert error(large, 413)["code"] == "request_too_large"
-    error(call("POST", "/v1/completions", data={"prompt": "a"}), 415)
+    told = error(call("POST", "/v1/completions", data={"prompt": "a"}), 415)
+    assert told["message"].endswith("; with curl, add -H 'Content-Type: application/json'")
+    assert told["code"] == "unsupported_media_type"
+    told = error(call("POST", "/v1/completions", content=b"a", headers={"content-type": "text/csv"}), 415)
+    assert told["message"] == "Content-Type: expected application/json, got text/csv"
+    long = b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"
+    told = error(call("POST", "/v1/completions", content=long, headers={"content-type": "application/json"}), 400)
+    assert told["message"] == "the body is no JSON: a number has more than 4300 digits"
 
 
 def test_unknown_routes_and_methods(call: Call) -> None:
