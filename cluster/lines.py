@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Iterable
 
+from elastic_moe.cluster.errors import why
+
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 """ANSI escape sequences: for colours, cursor movements, window titles, and the two-character ones."""
 
@@ -68,7 +70,7 @@ def json_fault(error: ValueError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8: byte {error.start} is wrong"
+        return why(error)
     if not isinstance(error, json.JSONDecodeError):
         # Python reads no longer integers, since the time grows with the square of their digits
         return f"a number has more than {sys.get_int_max_str_digits()} digits"

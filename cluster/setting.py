@@ -275,7 +275,7 @@ def _yaml_fault(error: Exception) -> str:
     if isinstance(error, ReaderError):
         return f"character {error.position + 1} is {error.character!r}, which no YAML file may have"
     if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8: byte {error.start} is wrong"
+        return why(error)
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return f"a value cannot be read: {' '.join(str(error).split())}"

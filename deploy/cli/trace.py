@@ -80,6 +80,8 @@ def run_record(args: argparse.Namespace) -> int:
 
     tokenizer = Tokenizer.load(str(args.model))
     requests = [ids for path, text in texts for ids in _requests(path, text, tokenizer, args.request_tokens)]
+    if not requests:
+        raise ConfigError(f"{', '.join(map(str, args.text))}: expected some text, got none")
     if args.max_tokens is not None:
         requests = list(_first(requests, args.max_tokens))
     with tqdm(total=sum(map(len, requests)), unit="tok", disable=None) as bar:

@@ -149,14 +149,14 @@ def _check_workers(workers: tuple[Worker, ...], speeds: tuple[float, ...], exper
             f"every layer needs at least {counted(experts - room, 'more slot')}"
         )
     if speeds and len(speeds) != len(workers):
-        raise PlacementError(f"speeds: expected {len(workers)}, one per worker, got {len(speeds)}")
+        raise PlacementError(f"speeds: expected {counted(len(workers), 'number')}, one per worker, got {len(speeds)}")
     if not all(0 < speed < np.inf for speed in speeds):
         raise PlacementError("speeds: every worker's speed must be a positive number")
 
 
 def _check_memory(memory: tuple[WorkerMemory, ...], workers: int, layers: int) -> None:
     if memory and len(memory) != workers:
-        raise PlacementError(f"memory: expected {workers}, one per worker, got {len(memory)}")
+        raise PlacementError(f"memory: expected {counted(workers, 'number')}, one per worker, got {len(memory)}")
     for each in memory:
         if each.device_experts < layers:
             raise PlacementError(
