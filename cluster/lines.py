@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Iterable
 
@@ -31,6 +32,13 @@ def ending(text: str, most: int) -> str:
 def counted(number: int, noun: str, nouns: str = "") -> str:
     """A number with its noun, such as `1 worker`, `2 workers` or, with `nouns`, `2 copies`."""
     return f"{number} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def in_json(value: object) -> str:
+    """A value in a message as JSON has it. What is long is cut."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return reprlib.repr(value)
 
 
 def size_text(nbytes: float) -> str:

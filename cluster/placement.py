@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.errors import PlacementError, why
-from elastic_moe.cluster.lines import counted, json_fault
+from elastic_moe.cluster.lines import counted, in_json, json_fault
 
 WorkerId = NewType("WorkerId", str)
 
@@ -280,7 +280,7 @@ class Placement:
 def _value(data: Any, key: str, where: str) -> Any:
     """`data[key]`. `where`: the path to `data` as messages have it, with a dot at its end, or empty."""
     if not isinstance(data, Mapping):
-        raise PlacementError(f"placement: {where.removesuffix('.')}: expected an object, got {reprlib.repr(data)}")
+        raise PlacementError(f"placement: {where.removesuffix('.')}: expected an object, got {in_json(data)}")
     if key not in data:
         raise PlacementError(f"placement: the key '{where}{key}' is missing")
     return data[key]
@@ -289,14 +289,14 @@ def _value(data: Any, key: str, where: str) -> Any:
 def _list(data: Any, key: str, where: str = "") -> list[Any]:
     value = _value(data, key, where)
     if not isinstance(value, list | tuple):
-        raise PlacementError(f"placement: {where}{key}: expected a list, got {reprlib.repr(value)}")
+        raise PlacementError(f"placement: {where}{key}: expected a list, got {in_json(value)}")
     return list(value)
 
 
 def _name(data: Any, key: str, where: str) -> str:
     value = _value(data, key, where)
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise PlacementError(f"placement: {where}{key}: expected a text, got {reprlib.repr(value)}")
+        raise PlacementError(f"placement: {where}{key}: expected a text, got {in_json(value)}")
     return str(value)
 
 
@@ -304,7 +304,7 @@ def _integer(data: Any, key: str, where: str = "") -> int:
     value = _value(data, key, where)
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if not whole or isinstance(value, bool):
-        raise PlacementError(f"placement: {where}{key}: expected a whole number, got {reprlib.repr(value)}")
+        raise PlacementError(f"placement: {where}{key}: expected a whole number, got {in_json(value)}")
     return int(value)
 
 

@@ -25,7 +25,7 @@ from yaml.error import MarkedYAMLError
 from yaml.reader import ReaderError
 
 from elastic_moe.cluster.errors import ConfigError, why
-from elastic_moe.cluster.lines import counted
+from elastic_moe.cluster.lines import counted, in_json
 
 DAY_S = 86_400.0
 """The longest wait that a setting may ask for, in seconds, unless it says another."""
@@ -185,10 +185,10 @@ def checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
 
 def in_yaml(value: object) -> str:
     """A value as a file has it, for messages."""
-    if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "true", False: "false"}[value]
+    if value is None:
+        return "nothing"
     # YAML makes dates of texts that look like one
-    return str(value) if isinstance(value, datetime.date) else reprlib.repr(value)
+    return str(value) if isinstance(value, datetime.date) else in_json(value)
 
 
 def _hint(expected: type, value: object) -> str:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.lines import counted, meant
+from elastic_moe.cluster.lines import counted, in_json, meant
 from elastic_moe.deploy.bodies.bounds import MAX_STOPS
 from elastic_moe.deploy.bodies.json_text import type_name
 
@@ -90,4 +90,6 @@ def _shown(value: object) -> str:
     short = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 40)
     if isinstance(value, list) and not value:
         return "an empty list"
+    if isinstance(value, bool):
+        return in_json(value)
     return repr(value)[:80] if short else type_name(value)

@@ -14,7 +14,7 @@ ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 """OpenAI allows fewer characters and 64 of them; servers of tools have longer names with dots, which vLLM takes."""
 
 CHOICES = ("none", "auto", "required")
-FORM_OF_CHOICE = "none, auto, required, or {'type': 'function', 'function': {'name': ...}}"
+FORM_OF_CHOICE = 'none, auto, required, or {"type": "function", "function": {"name": ...}}'
 
 
 class Function(Body):

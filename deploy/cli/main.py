@@ -33,6 +33,8 @@ from elastic_moe.deploy.joined.notice import SERVICES, Cloud, asking, has_notice
 from elastic_moe.deploy.launch.console import logged
 from elastic_moe.model.checkpoints.raw import read_configuration
 
+PLACEHOLDERS = {int: "N", float: "NUMBER", str: "TEXT"}
+"""What stands for a flag's value in --help."""
 SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 """What is written behind a flag that takes no value."""
 
@@ -146,7 +148,7 @@ def _add_serve(verbs: Any) -> None:
                 help=_help(field.name),
             )
             continue
-        shown = "BYTES" if field.name.endswith("_bytes") else kind.__name__.upper().replace("STR", "TEXT")
+        shown = "BYTES" if field.name.endswith("_bytes") else PLACEHOLDERS[kind]
         serve.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=_scaled(field) if has_unit(field) else kind if kind is str else _number(kind),
@@ -220,7 +222,8 @@ def _until_notice(args: argparse.Namespace) -> int:
 def _help(name: str) -> str:
     field = next(field for field in dataclasses.fields(ServeConfig) if field.name == name)
     text = str(field.metadata["help"])
-    default = "" if field.default is None else f" (default: {field.default})"
+    value = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
+    default = "" if value is None else f" (default: {value})"
     return (text + default).replace("%", "%%")
 
 

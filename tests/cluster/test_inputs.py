@@ -176,7 +176,7 @@ def test_any_yaml(tmp_path: Path, text: list[str]) -> None:
             "expected 1 to 3 logical experts, .* got 0",
         ),
         ({"num_logical_experts": float("inf")}, "num_logical_experts: expected a whole number, got inf"),
-        ({"num_logical_experts": True}, "num_logical_experts: expected a whole number, got True"),
+        ({"num_logical_experts": True}, "num_logical_experts: expected a whole number, got true"),
         ({"slot_to_worker": 5}, "slot_to_worker: expected a list, got 5"),
         ({"workers": {"a": 1}}, r"workers: expected a list, got \{'a': 1\}"),
         ({"workers": ["a"]}, "workers.0: expected an object, got 'a'"),

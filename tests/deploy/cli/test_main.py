@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -127,6 +128,13 @@ def test_the_command_alone_shows_its_verbs() -> None:
     assert result.returncode == 2
     assert "serve a model over HTTP" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("emoe: error: expected a COMMAND")
+
+
+def test_help_has_no_words_of_python() -> None:
+    for verb in ("serve", "scale", "top", "plan", "compare", "simulate", "evaluate", "calibrate"):
+        shown = emoe(verb, "--help").stdout
+        assert "usage: emoe" in shown
+        assert not re.findall(r"\b(True|False|None|INT|FLOAT|STR|default: )\)|\b(INT|FLOAT|STR)\b", shown), verb
 
 
 def test_mistakes_and_help_need_no_heavy_import() -> None:
