@@ -223,7 +223,7 @@ def _help(name: str) -> str:
     field = next(field for field in dataclasses.fields(ServeConfig) if field.name == name)
     text = str(field.metadata["help"])
     value = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
-    default = "" if value is None else f" (default: {value})"
+    default = "" if value in (None, "") else f" (default: {value})"
     return (text + default).replace("%", "%%")
 
 
