@@ -134,7 +134,7 @@ def test_help_has_a_text_for_every_flag_and_absurd_numbers_are_refused(name: str
     flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)(.*(?:\n {10,}.*)*)", options, re.M)
     assert len(flags) >= 4
     for flag, rest in flags:
-        assert re.search(r"(  |\n +)[a-z]\w* \w", rest), flag
+        assert re.search(r"(  |\n +)[a-z][\w-]* \w", rest), flag
     absurd = {
         "change_of_subject": ["--rounds", "-1"],
         "picture_of_the_page": ["--seconds", "-1"],
