@@ -412,7 +412,7 @@ class ServeConfig:
         for key, value in data.items():
             name = key.replace("-", "_") if isinstance(key, str) else ""
             if name not in known:
-                hint = misplaced(data, key, known) or meant(name, sorted(known))
+                hint = misplaced(data, key, known) or _negated(name, value) or meant(name, sorted(known))
                 hint = hint or f"; known keys: {', '.join(sorted(known))}"
                 raise ConfigError(f"{source}: unknown key {reprlib.repr(key)}{hint}")
             if name in values:
@@ -422,6 +422,14 @@ class ServeConfig:
             return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
+
+
+def _negated(name: str, value: object) -> str:
+    """What a message says of a key such as no_standby, which is only a flag's name; empty for another key."""
+    field = next((each for each in dataclasses.fields(ServeConfig) if f"no_{each.name}" == name), None)
+    if field is None or not isinstance(field.default, bool):
+        return ""
+    return f": --{name.replace('_', '-')} is a flag; the key is {field.name}: {'true' if value is False else 'false'}"
 
 
 def cache_directory() -> Path:

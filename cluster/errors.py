@@ -14,7 +14,10 @@ EmoeError
 
 
 def why(error: Exception) -> str:
-    """The reason of an error of the system without the file's name and the number; else the error's text."""
+    """The reason of an error of the system without the file's name and the number; else the error's text, in which
+    Python's words for bytes that are no text are replaced."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8: byte {error.start + 1} is wrong"
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_moe.cluster.errors import PlacementError, why
+from elastic_moe.cluster.lines import counted, in_json, json_fault
 
 WorkerId = NewType("WorkerId", str)
 
@@ -174,20 +175,23 @@ class Placement:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Placement:
         """Inverse of `to_dict`. Raises PlacementError that names the key which is missing or wrong."""
-        try:
-            workers = tuple(
-                Worker(id=WorkerId(str(w["id"])), node=str(w["node"]), slots=int(w["slots"])) for w in data["workers"]
+        workers = tuple(
+            Worker(
+                id=WorkerId(_name(worker, "id", f"workers.{number}.")),
+                node=_name(worker, "node", f"workers.{number}."),
+                slots=_integer(worker, "slots", f"workers.{number}."),
             )
-            experts = int(data["num_logical_experts"])
-            table = np.asarray(data["physical_to_logical_map"])
-            owners = data.get("slot_to_worker")
-            owners = None if owners is None else list(owners)
-            layers = data.get("num_layers")
-            words = data.get("tiers")
-        except KeyError as error:
-            raise PlacementError(f"placement: the key {error} is missing") from None
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise PlacementError(f"placement: not of the expected form ({error})") from None
+            for number, worker in enumerate(_list(data, "workers"))
+        )
+        experts = _integer(data, "num_logical_experts")
+        try:
+            table = np.asarray(_list(data, "physical_to_logical_map"))
+        except (ValueError, TypeError, OverflowError):
+            # rows of different lengths
+            table = np.zeros(0)
+        owners = None if data.get("slot_to_worker") is None else _list(data, "slot_to_worker")
+        layers = data.get("num_layers")
+        words = data.get("tiers")
         if table.dtype.kind != "i" or table.ndim != 2:
             raise PlacementError("placement: physical_to_logical_map must be a list of equally long lists of integers")
         if int(table.min(initial=0)) < -(2**31) or int(table.max(initial=0)) >= 2**31:
@@ -201,7 +205,9 @@ class Placement:
         if owners is not None and owners != placement.slot_to_worker.tolist():
             raise PlacementError("placement: slot_to_worker must list each worker's slots one after another, in order")
         if layers is not None and layers != placement.num_layers:
-            raise PlacementError(f"placement: num_layers is {layers}, the map has {placement.num_layers} rows")
+            raise PlacementError(
+                f"placement: num_layers is {layers}, the map has {counted(placement.num_layers, 'row')}"
+            )
         return placement
 
     @classmethod
@@ -212,9 +218,9 @@ class Placement:
         except OSError as error:
             raise PlacementError(f"{path}: {why(error)}") from None
         except (ValueError, RecursionError) as error:
-            raise PlacementError(f"{path}: not JSON ({error})") from None
+            raise PlacementError(f"{path}: not JSON: {json_fault(error)}") from None
         if not isinstance(data, dict):
-            raise PlacementError(f"{path}: expected a JSON object")
+            raise PlacementError(f"{path}: expected a JSON object, as `emoe plan --out` writes it")
         try:
             return cls.from_dict(data)
         except PlacementError as error:
@@ -271,6 +277,37 @@ class Placement:
             raise PlacementError(f"placement: worker {worker.id} holds an expert of layer {layer} twice")
 
 
+def _value(data: Any, key: str, where: str) -> Any:
+    """`data[key]`. `where`: the path to `data` as messages have it, with a dot at its end, or empty."""
+    if not isinstance(data, Mapping):
+        raise PlacementError(f"placement: {where.removesuffix('.')}: expected an object, got {in_json(data)}")
+    if key not in data:
+        raise PlacementError(f"placement: the key '{where}{key}' is missing")
+    return data[key]
+
+
+def _list(data: Any, key: str, where: str = "") -> list[Any]:
+    value = _value(data, key, where)
+    if not isinstance(value, list | tuple):
+        raise PlacementError(f"placement: {where}{key}: expected a list, got {in_json(value)}")
+    return list(value)
+
+
+def _name(data: Any, key: str, where: str) -> str:
+    value = _value(data, key, where)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise PlacementError(f"placement: {where}{key}: expected a text, got {in_json(value)}")
+    return str(value)
+
+
+def _integer(data: Any, key: str, where: str = "") -> int:
+    value = _value(data, key, where)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if not whole or isinstance(value, bool):
+        raise PlacementError(f"placement: {where}{key}: expected a whole number, got {in_json(value)}")
+    return int(value)
+
+
 def _tiers_of_words(words: Any, shape: tuple[int, ...]) -> TierArray:
     """[L, S] of the JSON form. Raises PlacementError for other words or another shape."""
     if words is None:
@@ -294,7 +331,9 @@ def contiguous(num_layers: int, num_logical_experts: int, workers: Sequence[Work
     """
     room = sum(worker.slots for worker in workers)
     if room < num_logical_experts:
-        raise PlacementError(f"{num_logical_experts} experts do not fit the {room} slots of {len(workers)} workers")
+        raise PlacementError(
+            f"{num_logical_experts} experts do not fit the {counted(room, 'slot')} of {counted(len(workers), 'worker')}"
+        )
     row: list[int] = []
     given = 0
     for rank, worker in enumerate(workers):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import math
 import re
@@ -20,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.error import MarkedYAMLError
+from yaml.reader import ReaderError
 
 from elastic_moe.cluster.errors import ConfigError, why
+from elastic_moe.cluster.lines import counted, in_json
 
 DAY_S = 86_400.0
 """The longest wait that a setting may ask for, in seconds, unless it says another."""
@@ -30,6 +34,8 @@ MOST_BYTES = 2**50
 MILLION = 1_000_000
 """The largest number of things that a setting may ask for, unless it says another."""
 
+TYPES: Mapping[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+"""The types of settings in words."""
 MULTIPLES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 """What follows any number, as in vLLM."""
 UNITS = {
@@ -38,6 +44,8 @@ UNITS = {
 }  # fmt: skip
 """What follows bytes, in small or large letters."""
 SIZES = "bytes, or a size such as 8GB (10**9 each), 8GiB or 8G (2**30 each)"
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off")
+"""What YAML takes for a boolean without quotes."""
 _SCALED = re.compile(r"(\d{1,30}(\.\d{1,30})?)\s*([A-Za-z]*)", re.ASCII)
 
 
@@ -64,7 +72,7 @@ def forms_of(field: dataclasses.Field[Any]) -> str:
     """What a number with a unit may look like, for messages."""
     if field.name.endswith("_bytes"):
         return SIZES
-    return "an integer, or one such as 32k (10**3 each) or 32K (2**10 each)"
+    return "a whole number, or one such as 32k (10**3 each) or 32K (2**10 each)"
 
 
 def with_unit(text: str, *, of_bytes: bool) -> int | None:
@@ -93,7 +101,7 @@ def range_text(bounds: tuple[float, float]) -> str:
 
 def number_flag(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], Any]:
     """The `type` of a flag that takes a number from `least` to `most`."""
-    word = "an integer" if kind is int else "a number"
+    word = TYPES[kind]
 
     def read(text: str) -> Any:
         try:
@@ -160,7 +168,7 @@ def checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         if value is None:
             raise ConfigError(f"{field.name}: expected {forms_of(field)}, got {shown}")
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ConfigError(f"{field.name}: expected {expected.__name__}, got {shown}")
+        raise ConfigError(f"{field.name}: expected {TYPES[expected]}, got {in_yaml(value)}{_hint(expected, value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{field.name}: expected a finite number, got {shown}")
     if hint != expected and isinstance(value, str) and not value.strip():
@@ -173,6 +181,34 @@ def checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     if bounds is not None and not is_within(typing.cast(float, value), bounds):
         raise ConfigError(f"{field.name}: expected {range_text(bounds)}, got {shown}")
     return value
+
+
+def in_yaml(value: object) -> str:
+    """A value as a file has it, for messages."""
+    if value is None:
+        return "nothing"
+    # YAML makes dates of texts that look like one
+    return str(value) if isinstance(value, datetime.date) else in_json(value)
+
+
+def _hint(expected: type, value: object) -> str:
+    """What a message adds where a value of another type may be meant as one of the expected type."""
+    if value is None:
+        return "; leave the key out for its default"
+    if expected is str:
+        return "; write it in quotes" if isinstance(value, bool | int | float | datetime.date) else ""
+    if expected is int and isinstance(value, float) and value.is_integer():
+        return f"; write {value:.0f}"
+    if isinstance(value, str) and (expected is bool or _is_number(value)):
+        return "; write it without quotes" if expected is not bool or value.lower() in _BOOLEANS else ""
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def names(field: str, text: str) -> tuple[str, ...]:
@@ -193,10 +229,56 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"key {name!r} is there {names.count(name)} times")
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
+                times = counted(names.count(key.value), "time")
+                raise MarkedYAMLError(None, None, f"the key {key.value!r} is there {times}", key.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
+            # of a date or a number that cannot be
+            text = f"the value {reprlib.repr(getattr(node, 'value', ''))} cannot be read"
+            raise MarkedYAMLError(None, None, text, node.start_mark) from None
+
+
+_YAML_FAULTS = {
+    "mapping values are not allowed": "a colon does not fit here: indent all keys alike, and quote texts with a colon",
+    "could not find expected ':'": "a colon is missing behind the key",
+    "found character '\\t'": "a tab cannot stand here: indent with blanks",
+    "found character": "a text that begins with this character must be in quotes",
+    "found unexpected end of stream": "the closing quote of this text is missing",
+    "expected ',' or ']'": "a comma or ] is missing of this list",
+    "expected ',' or '}'": "a comma or } is missing of this object",
+    "expected the node content": "a value is missing",
+    "expected '<document start>'": "this does not fit the lines before: indent all keys alike",
+    "expected <block end>": "this does not fit the lines before: indent all keys alike",
+    "found unhashable key": "a key must be a text",
+    "found undefined alias": "a text that begins with * must be in quotes",
+    "could not determine a constructor": "a text that begins with ! must be in quotes",
+}
+"""What is wrong in plain words, by the beginning of PyYAML's message."""
+
+
+def _yaml_fault(error: Exception) -> str:
+    """What a message says of a file that PyYAML has refused with `error`."""
+    if isinstance(error, MarkedYAMLError):
+        problem = error.problem or error.context or "it cannot be read"
+        known = (words for begin, words in _YAML_FAULTS.items() if problem.startswith(begin))
+        # what is not closed is shown where it begins
+        open_ = problem.startswith(("found unexpected end", "expected ',' or"))
+        mark = (error.context_mark if open_ else None) or error.problem_mark
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        return where + next(known, " ".join(problem.split()))
+    if isinstance(error, ReaderError):
+        return f"character {error.position + 1} is {error.character!r}, which no YAML file may have"
+    if isinstance(error, UnicodeDecodeError):
+        return why(error)
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return f"a value cannot be read: {' '.join(str(error).split())}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -205,15 +287,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: {why(error)}") from None
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
-        # besides its own errors, yaml raises whatever its converters of scalars do
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    except Exception as error:  # noqa: BLE001 - what Python raises of a date, a number or nesting that cannot be
-        raise ConfigError(f"{path}: a value cannot be read: {' '.join(str(error).split())}") from None
+    except Exception as error:  # noqa: BLE001 - besides its own errors, yaml raises whatever its converters do
+        raise ConfigError(f"{path}: {_yaml_fault(error)}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+        got = "a list" if isinstance(data, list) else f"the text {reprlib.repr(data)}"
+        raise ConfigError(f"{path}: expected settings, in each line `key: value`, got {got}")
     return data
 
 

@@ -31,6 +31,8 @@ import numpy as np
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.facts.routing import load_imbalance, load_per_worker
 from elastic_moe.cluster.placement import EMPTY, Placement
+from elastic_moe.cluster.setting import number_flag
+from elastic_moe.deploy.calls.requests import URL, server_url
 from elastic_moe.optimizer.study.figures import pyplot
 
 PROMPTS = {
@@ -129,13 +131,27 @@ class Server:
         return str(operation["phase"])
 
 
+def server_flag(text: str) -> str:
+    """The `type` of a flag that takes a server's address."""
+    try:
+        return server_url(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--url: ")) from None
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2, help="re-placements per subject (2)")
+    parser.add_argument("--url", type=server_flag, default=URL, help=f"address of the server ({URL})")
+    parser.add_argument(
+        "--requests", type=number_flag(int, 1, 2048), default=32, metavar="N", help="requests of each figure (32)"
+    )
+    parser.add_argument(
+        "--tokens", type=number_flag(int, 1, 1000), default=64, metavar="N", help="tokens of each answer (64)"
+    )
+    parser.add_argument(
+        "--rounds", type=number_flag(int, 0, 1000), default=2, metavar="N", help="re-placements per subject (2)"
+    )
     parser.add_argument("--by-itself", action="store_true", help="leave the change of subject to the server")
     parser.add_argument("--figure", type=Path, help="draw the stages into this file (.svg or .png; needs matplotlib)")
     args = parser.parse_args()

@@ -18,7 +18,9 @@ import time
 import urllib.request
 from pathlib import Path
 
-from examples.change_of_subject import PROMPTS
+from elastic_moe.cluster.setting import DAY_S, number_flag, path_flag
+from elastic_moe.deploy.calls.requests import URL
+from examples.change_of_subject import PROMPTS, server_flag
 from tests.browser import Tab, chromium, find_chromium
 
 WIDTH, HEIGHT, SCALE = 1440, 900, 1.25
@@ -60,10 +62,15 @@ def play(tab: Tab, url: str, *, scheme: str, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record the picture of the page that README shows.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
-    parser.add_argument("--out", type=Path, default=Path("docs/page.png"), help="where to write the picture")
-    parser.add_argument("--scheme", choices=("light", "dark"), default="light", help="the page's colours")
-    parser.add_argument("--seconds", type=float, default=90.0, help="how long the page runs before the re-placement")
+    parser.add_argument("--url", type=server_flag, default=URL, help=f"address of the server ({URL})")
+    parser.add_argument(
+        "--out", type=path_flag, default=Path("docs/page.png"), help="file for the picture (docs/page.png)"
+    )
+    parser.add_argument("--scheme", choices=("light", "dark"), default="light", help="the page's colours (light)")
+    parser.add_argument(
+        "--seconds", type=number_flag(float, 0, DAY_S), default=90.0,
+        help="how long the page runs before the re-placement (90)",
+    )  # fmt: skip
     args = parser.parse_args()
     path = find_chromium()
     if path is None:

@@ -13,15 +13,32 @@ import argparse
 import os
 from pathlib import Path
 
+from elastic_moe.cluster.setting import DAY_S, number_flag, path_flag
+
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=90, help="time to train, pauses not included (default 90)")
-    parser.add_argument("--out", type=Path, default=Path("build/builtin"))
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one per core")
-    parser.add_argument("--save-every-s", type=float, default=180)
-    parser.add_argument("--measure-every-s", type=float, default=300)
+    parser.add_argument(
+        "--minutes", type=number_flag(float, 0.01, 1e6), default=90, help="time to train, pauses not included (90)"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_flag,
+        default=Path("build/builtin"),
+        metavar="DIR",
+        help="folder for the model (build/builtin)",
+    )
+    parser.add_argument(
+        "--processes", type=number_flag(int, 1, 4096), default=os.cpu_count(), help="number of processes (one per core)"
+    )
+    parser.add_argument(
+        "--save-every-s", type=number_flag(float, 0, DAY_S), default=180, help="seconds between two checkpoints (180)"
+    )
+    parser.add_argument(
+        "--measure-every-s", type=number_flag(float, 0, DAY_S), default=300,
+        help="seconds between two measurements of the loss on held-out text (300)",
+    )  # fmt: skip
     args = parser.parse_args()
     # PyTorch takes seconds to import, which --help and mistakes need not wait for
     from examples.training import train

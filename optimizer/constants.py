@@ -145,7 +145,8 @@ def fit(seen: Sequence[Observation], *, workers: int, step_tokens: int) -> Const
     if not usable:
         raise ConfigError(
             "calibration: steps did not take longer where the slowest worker had more tokens: give a model whose"
-            " experts take most of a step, or --step-tokens with more tokens"
+            " experts take most of a step, or --step-tokens with more tokens. On a busy machine, or in few steps"
+            " (--steps, --turns), this shows as little"
         )
     least = min(left for *_, left in usable)
     # as many cores as explain the steps nearly as well as the best number does

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elastic_moe.cluster.lines import counted
 from elastic_moe.optimizer.core.result import PlanResult
 
 MOVE_SHARE = 0.18
@@ -84,7 +85,7 @@ def decide(
     summary = f"gain {gain:.1%}"
     if len(result.each) > 1:
         others = len(result.each) - 1
-        subjects = f"{others} remembered subject{'' if others == 1 else 's'}"
+        subjects = counted(others, "remembered subject")
         summary = f"gain {gain:.1%} with {subjects} ({seen:.1%} on what was seen)"
     if result.moves == 0:
         return Decision(worthwhile=False, net_gain=0.0, seen_gain=0.0, reason="nothing to move")
@@ -96,5 +97,5 @@ def decide(
         reason = f"{summary}, which is a loss of more than {policy.most_loss:.1%} now"
     else:
         worthwhile = True
-        reason = f"{summary} of a step for {result.moves} moves, above the {needed:.1%} asked for"
+        reason = f"{summary} of a step for {counted(result.moves, 'move')}, above the {needed:.1%} asked for"
     return Decision(worthwhile=worthwhile, net_gain=gain, seen_gain=seen, reason=reason)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.optimizer.core.contract import Budget, Draft
 from elastic_moe.optimizer.core.cost import copies, held_before, price_table, shares
 from elastic_moe.optimizer.core.problem import IntArray, PlacementProblem
@@ -160,7 +161,7 @@ def within_budget(problem: PlacementProblem, budget: Budget) -> Draft:
     return Draft(
         table=best.table,
         planner="local_search",
-        reason=f"{best.moves} of at most {problem.move_budget} moves, the most valuable ones first",
+        reason=f"{best.moves} of at most {counted(problem.move_budget, 'move')}, the most valuable ones first",
         termination=Termination.COMPLETED,
     )
 

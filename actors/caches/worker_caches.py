@@ -10,6 +10,7 @@ from elastic_moe.actors.caches.rows import Indices, Rows
 from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.caches.worker_cache import WorkerCache
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import StateRoom, WindowRoom
 from elastic_moe.cluster.placement import WorkerId
 
@@ -84,8 +85,8 @@ class WorkerCaches:
             return
         room = self._rows.block_size * max(cache.pool.num_blocks for cache in caches)
         raise RequestError(
-            f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is "
-            f"{request.params.max_tokens}: no worker's KV cache holds more than {room} tokens",
+            f"the prompt has {counted(request.num_prompt_tokens, 'token')} and max_tokens is "
+            f"{request.params.max_tokens}: no worker's KV cache holds more than {counted(room, 'token')}",
             param="prompt" if request.num_prompt_tokens > room else "max_tokens",
             code="context_length_exceeded",
         )

@@ -48,6 +48,7 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.facts.facts import Stage
 from elastic_moe.cluster.facts.membership import WorkerRecord
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo, ModelSpec
 from elastic_moe.cluster.messages.views import (
     ClusterView,
@@ -384,7 +385,9 @@ class Coordinator:
         # the state cannot take events before the outcome of a flip is known; nothing else is worth waiting for
         flipping = facts.change is not None and facts.change.stage is Stage.COMMITTING
         engine_epoch = await processes.engine_epoch() if flipping else None
-        logger.warning("the coordinator was restarted in epoch %d with %d workers", facts.epoch, len(processes.workers))
+        logger.warning(
+            "the coordinator was restarted in epoch %d with %s", facts.epoch, counted(len(processes.workers), "worker")
+        )
         loop = self._begin(state, spec, processes)
         loop.restore_memory(memory)
         for event in (Resumed(engine_epoch=engine_epoch), *events):

@@ -13,6 +13,7 @@ from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.facts.events import ExpertKey, Transfer
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import Epoch
 from elastic_moe.cluster.placement import WorkerId
 
@@ -53,7 +54,7 @@ class Transferring:
         except CALL_ERRORS as error:
             return _none(f"the migrator failed: {one_line(error)}")
         rate = report.nbytes / max(report.seconds, 1e-9) / 1e6
-        logger.info("epoch %d: %d experts copied in %.2f s (%.0f MB/s)", command.epoch, len(report.done),
+        logger.info("epoch %d: %s copied in %.2f s (%.0f MB/s)", command.epoch, counted(len(report.done), "expert"),
                     report.seconds, rate)  # fmt: skip
         return report
 
@@ -86,7 +87,7 @@ class Transferring:
                 except KeyError:
                     errors.append(f"worker {worker} is gone")
                 except CALL_ERRORS as error:
-                    errors.append(f"worker {worker} could not read {len(part)} experts: {one_line(error)}")
+                    errors.append(f"worker {worker} could not read {counted(len(part), 'expert')}: {one_line(error)}")
                 else:
                     done.extend(part)
 

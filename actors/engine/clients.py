@@ -19,6 +19,7 @@ from elastic_moe.actors.liveness import CLIENT_S
 from elastic_moe.actors.remote.codec import Message, WireError, new_token
 from elastic_moe.actors.remote.links import Link, listen
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.columns import column_of
 from elastic_moe.cluster.messages.requests import (
     AbortRequests,
@@ -221,7 +222,7 @@ class Clients:
                 self._lasting.gone(name)
                 del self._clients[name]
                 if lost:
-                    logger.warning("aborted %d requests of an API replica that is gone", len(lost))
+                    logger.warning("aborted %s of an API replica that is gone", counted(len(lost), "request"))
             self._lasting.forget_old(now)
 
     # --- Messages -----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from elastic_moe.actors.forkserver.imports import import_model
 from elastic_moe.actors.forkserver.ray_draws import draws_are_common, none_for_classes
 from elastic_moe.actors.forkserver.request import NAME, Stage, name_process, peer_of, surroundings
 from elastic_moe.cluster.interpreter import no_collection
+from elastic_moe.cluster.lines import counted
 
 IDLE_S = 60.0
 POLL_S = 5.0
@@ -80,7 +81,7 @@ def _import(stage: Stage) -> str:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return "the imports have opened a GPU"
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
-        return f"the imports have started {threads - 1} threads"
+        return f"the imports have started {counted(threads - 1, 'thread')}"
     return "the imports have drawn from Ray's random numbers" if draws_are_common() else ""
 
 

@@ -9,6 +9,7 @@ from elastic_moe.actors.caches.rows import StopTokens
 from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.scheduler.fair_queue import FairQueue
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
 
 MOST_PARAMS = 1024
@@ -75,8 +76,8 @@ class RequestBook:
             raise RequestError(f"max_tokens: expected at least 0, got {params.max_tokens}", param="max_tokens")
         if prompt + min(1, params.max_tokens) > self._max_model_len:
             raise RequestError(
-                f"the prompt has {prompt} tokens: the model's longest context is {self._max_model_len} tokens, "
-                "the answer included",
+                f"the prompt has {counted(prompt, 'token')}: the model's longest context is {self._max_model_len} "
+                "tokens, the answer included",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -18,6 +18,7 @@ from elastic_moe.cluster.facts.events import (
     WorkerLost,
 )
 from elastic_moe.cluster.facts.facts import Cause
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
 from elastic_moe.cluster.placement import WorkerId
 
@@ -110,7 +111,7 @@ class Losses:
             attempts = self._owners.membership.failed_to_join(worker)
             if attempts < joining.MAX_JOINS or not self._owners.facts.serves:
                 continue
-            why = f"{worker} could not join the others in {attempts} attempts: {reason}"
+            why = f"{worker} could not join the others in {counted(attempts, 'attempt')}: {reason}"
             operation = self._owners.operations.find_open(OperationKind.SCALE)
             if operation is not None:
                 self._owners.operations.fail(operation.operation_id, why)

@@ -19,6 +19,7 @@ from elastic_moe.cluster.facts.facts import Change, Choice, ControlSettings, Fac
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.facts.operations import OperationLog
 from elastic_moe.cluster.facts.tiering import assign_tiers, fits_in
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.views import Operation, OperationKind
 from elastic_moe.cluster.placement import Placement
 
@@ -93,8 +94,8 @@ def too_much(facts: Facts, placement: Placement) -> str | None:
         both = int((record.has | needs(placement, worker.id)).sum())
         if both > record.capacity:
             return (
-                f"{worker.id} has memory for {record.capacity} experts, and while they move it would hold {both}:"
-                f" move fewer at a time"
+                f"{worker.id} has memory for {counted(record.capacity, 'expert')}, and while they move it would hold "
+                f"{both}: move fewer at a time"
             )
     return None
 
@@ -118,8 +119,8 @@ def _crowded(facts: Facts, placement: Placement) -> str | None:
             return f"{worker} keeps all its experts in its device"
         if not fits_in(placement, worker, room):
             return (
-                f"{worker} has room for {room.device} experts in its device, of which one in each layer that does not"
-                f" fit is for the others, and for {room.host} in pinned memory"
+                f"{worker} has room for {counted(room.device, 'expert')} in its device, of which one in each layer "
+                f"that does not fit is for the others, and for {room.host} in pinned memory"
             )
     return None
 
@@ -146,7 +147,7 @@ def of_members(facts: Facts, placement: Placement) -> Placement:
 
 
 def _slots(placement: Placement) -> str:
-    return ", ".join(f"{worker.id} with {worker.slots} slots" for worker in placement.workers)
+    return ", ".join(f"{worker.id} with {counted(worker.slots, 'slot')}" for worker in placement.workers)
 
 
 def _requested(planner: str) -> str:
@@ -328,7 +329,7 @@ class Rebalancing:
             self.cancel(why)
             return Choice(False, why)
         if asked.again == MAX_AGAIN:
-            why = f"{why}; before, it was begun again {MAX_AGAIN} times"
+            why = f"{why}; before, it was begun again {counted(MAX_AGAIN, 'time')}"
             self.cancel(why)
             return Choice(False, why)
         self._asked = replace(asked, again=asked.again + 1)

@@ -11,6 +11,7 @@ from elastic_moe.cluster.facts.events import Command, LoadSeen, ScaleRequested
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
 from elastic_moe.cluster.facts.membership import Membership, WorkerRecord
 from elastic_moe.cluster.facts.operations import OperationLog
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import OperationKind, ScaleView, WorkerState
 from elastic_moe.cluster.placement import WorkerId
@@ -35,7 +36,7 @@ def check_target(settings: ControlSettings, model: ModelInfo, workers: int) -> N
     if settings.expert_capacity is not None and settings.expert_capacity < model.num_layers:
         raise PlacementError(
             f"expert_memory_bytes: expected at least {model.num_layers * model.expert_bytes}, room for one expert of"
-            f" each of the {model.num_layers} layers; it is room for {settings.expert_capacity} experts"
+            f" each of the {model.num_layers} layers; it is room for {counted(settings.expert_capacity, 'expert')}"
         )
 
 
@@ -183,7 +184,7 @@ class Scaling:
         self._samples.clear()
         if target == self.target:
             return []
-        asked = f"to {target} workers"
+        asked = f"to {counted(target, 'worker')}"
         self._replace_pending(allowed=True)
         return self._scale(facts, target, (), asked=asked, reason=f"redeployed {asked}", operation_id=None, now=now)
 
@@ -250,7 +251,7 @@ class Scaling:
         self.operation_id = operation.operation_id
         leaves = any(self._membership[worker].state is WorkerState.DRAINING for worker in facts.ranks)
         if len(facts.ranks) == target and not (leaves or facts.rests):
-            self._operations.complete(operation.operation_id, f"there are {target} workers already")
+            self._operations.complete(operation.operation_id, _there_are(target))
         return commands
 
     # --- Load ---------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ class Scaling:
         if verdict.target == self.target:
             return []
         self._samples.clear()
-        asked = f"to {verdict.target} workers"
+        asked = f"to {counted(verdict.target, 'worker')}"
         reason = f"autoscale from {self.target} {asked}: {verdict.reason}"
         return self._scale(facts, verdict.target, (), asked=asked, reason=reason, operation_id=None, now=now)
 
@@ -290,7 +291,7 @@ class Scaling:
                 self._membership.keep(worker)
         _, most = limits_of_target(self._settings, self._model)
         target = max(1, min(self._awake, most))
-        asked = f"to {target} workers"
+        asked = f"to {counted(target, 'worker')}"
         reason = f"back {asked}: {why}"
         return self._scale(facts, target, (), asked=asked, reason=reason, operation_id=None, now=now)
 
@@ -300,8 +301,12 @@ class Scaling:
         self._samples.clear()
 
 
+def _there_are(workers: int) -> str:
+    return "there is 1 worker already" if workers == 1 else f"there are {workers} workers already"
+
+
 def _in_words(event: ScaleRequested) -> str:
     if not event.retire:
-        return f"to {event.workers} workers"
+        return f"to {counted(event.workers or 0, 'worker')}"
     without = f"without {', '.join(event.retire)}"
-    return without if event.workers is None else f"to {event.workers} workers, {without}"
+    return without if event.workers is None else f"to {counted(event.workers, 'worker')}, {without}"

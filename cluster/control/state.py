@@ -54,6 +54,7 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.facts.facts import Cause, ControlSettings, Facts, Stage
 from elastic_moe.cluster.facts.operations import OperationLog
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import Epoch, ModelInfo
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Readiness, ScaleView
 from elastic_moe.cluster.placement import WorkerId
@@ -82,7 +83,7 @@ class ControlState:
         self._upkeep = Upkeep(self._owners, self._transitions)
         self._redeployed: ControlSettings | None = None
         """Settings of a redeploy that are taken over once no change is under way."""
-        self.operations.open(OperationKind.START, Epoch(1), f"start with {settings.workers} workers")
+        self.operations.open(OperationKind.START, Epoch(1), f"start with {counted(settings.workers, 'worker')}")
 
     # --- What others may ask ------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_moe.cluster.facts.facts import Choice
+from elastic_moe.cluster.lines import counted
 
 UNUSED_S = 10.0
 """Seconds without an API replica after which a cluster that another one has replaced ends."""
@@ -60,8 +61,10 @@ class Succession:
         if not running:
             return Choice(True, "the next cluster needs its resources, and its last request has ended")
         if now - self.gives_way_since >= most_s:
-            return Choice(True, f"the next cluster needs its resources, and {running} requests took too long")
-        return Choice(False, f"the next cluster needs its resources, and {running} requests have to end first")
+            return Choice(
+                True, f"the next cluster needs its resources, and {counted(running, 'request')} took too long"
+            )
+        return Choice(False, f"the next cluster needs its resources, and {counted(running, 'request')} must end first")
 
 
 def asks_for_way(*, serves: bool, waited_s: float, patience_s: float) -> Choice[bool]:

@@ -12,6 +12,7 @@ from elastic_moe.cluster.control.owners import Owners
 from elastic_moe.cluster.decisions import reconcile
 from elastic_moe.cluster.facts.events import Command, TransferDone, TransferFailed
 from elastic_moe.cluster.facts.facts import Cause, Change, Choice, Stage
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.cluster.placement import Placement
 
@@ -68,8 +69,8 @@ class Transitions:
             # some workers are still to come
             operations.advance(operation.operation_id, phase=Phase.PREPARING)
         else:
-            moved = f"{len(change.transfers.copies)} experts copied, {len(change.transfers.reads)} read"
-            done = f"{operation.reason}; epoch {facts.epoch} with {len(facts.ranks)} workers, {moved}"
+            moved = f"{counted(len(change.transfers.copies), 'expert')} copied, {len(change.transfers.reads)} read"
+            done = f"{operation.reason}; epoch {facts.epoch} with {counted(len(facts.ranks), 'worker')}, {moved}"
             operations.complete(operation.operation_id, done)
 
     # --- Back ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from elastic_moe.cluster.lines import counted
+
 UP = 0.85
 DOWN = 0.5
 AIM = 0.65
@@ -72,9 +74,9 @@ def recommend(
     request was seen.
     """
     if workers < policy.min_workers:
-        return Verdict(target=policy.min_workers, reason=f"at least {policy.min_workers} workers must serve")
+        return Verdict(target=policy.min_workers, reason=f"at least {counted(policy.min_workers, 'worker')} must serve")
     if workers > policy.max_workers:
-        return Verdict(target=policy.max_workers, reason=f"at most {policy.max_workers} workers may serve")
+        return Verdict(target=policy.max_workers, reason=f"at most {counted(policy.max_workers, 'worker')} may serve")
     window = [sample for sample in samples if now - sample.at_s <= policy.window_s]
     if not samples or now - samples[0].at_s < policy.window_s or not window:
         return Verdict(target=workers, reason=f"the load has not been seen for {policy.window_s:g} s")
@@ -92,7 +94,9 @@ def recommend(
     if left < DOWN:
         if since < DOWN_COOLDOWN * policy.window_s:
             return Verdict(target=workers, reason=f"{seen}; the last change was {since:.0f} s ago")
-        return Verdict(target=workers - 1, reason=f"{seen}; {workers - 1} workers would have a demand of {left:.0%}")
+        return Verdict(
+            target=workers - 1, reason=f"{seen}; {counted(workers - 1, 'worker')} would have a demand of {left:.0%}"
+        )
     return Verdict(target=workers, reason=seen)
 
 
@@ -100,7 +104,7 @@ def _up(policy: Policy, workers: int, mean: float, since: float, seen: str) -> V
     # at most twice as many at a time, because a queue may be short-lived
     wanted = min(policy.max_workers, 2 * workers, max(workers + 1, math.ceil(workers * mean / AIM)))
     if wanted <= workers:
-        return Verdict(target=workers, reason=f"{seen}; at most {policy.max_workers} workers may serve")
+        return Verdict(target=workers, reason=f"{seen}; at most {counted(policy.max_workers, 'worker')} may serve")
     if since < UP_COOLDOWN * policy.window_s:
         return Verdict(target=workers, reason=f"{seen}; the last change was {since:.0f} s ago")
     return Verdict(target=wanted, reason=seen)

@@ -17,6 +17,7 @@ from elastic_moe.cluster.facts.adaptation import adapt
 from elastic_moe.cluster.facts.facts import Choice, Facts
 from elastic_moe.cluster.facts.membership import BoolArray, WorkerRecord, entries, serves
 from elastic_moe.cluster.facts.tiering import assign_tiers, next_step, pins_of
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.views import OperationKind, WorkerState
 from elastic_moe.cluster.placement import Placement, Worker, WorkerId
 
@@ -52,7 +53,7 @@ def starts(facts: Facts, now: float) -> Choice[list[BoolArray]]:
         return Choice([], "the last worker died while it loaded: the next is started after a pause")
     if recovers_alone(facts, now):
         return Choice([], "survivors serve again first: until then they need the cores and the disk")
-    return Choice(shares(facts, facts.target - present), f"{present} of {facts.target} workers are there")
+    return Choice(shares(facts, facts.target - present), f"{present} of {counted(facts.target, 'worker')} are there")
 
 
 def recovers_alone(facts: Facts, now: float) -> bool:
@@ -146,7 +147,7 @@ def _should_serve(facts: Facts, now: float) -> Choice[tuple[WorkerRecord, ...]]:
         return Choice(tuple(group), "the others could not join, and are tried one by one")
     if len(wanted) < facts.target and (wait := _waits_for_more(facts, wanted, now)) is not None:
         return wait
-    return Choice(tuple(wanted), f"{len(wanted)} workers can serve")
+    return Choice(tuple(wanted), f"{counted(len(wanted), 'worker')} can serve")
 
 
 def _waits_for_more(
@@ -160,7 +161,7 @@ def _waits_for_more(
     if not current:
         took = 0.0 if first is None else loaded_at - first.asked_at
         if facts.spec is None:
-            return Choice((), f"{len(wanted)} of {facts.target} workers have loaded")
+            return Choice((), f"{len(wanted)} of {counted(facts.target, 'worker')} have loaded")
         if waited < min(took, RESTART_PATIENCE_S):
             return Choice((), "workers that have loaded wait for others, as long as the first one took to load")
     elif facts.outage is None and waited < JOIN_PATIENCE_S:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from elastic_moe.cluster.facts.facts import Facts, Stage
 from elastic_moe.cluster.facts.operations import ENDED
 from elastic_moe.cluster.facts.tiering import expected_stall_s
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Readiness
 from elastic_moe.cluster.placement import Tier
 
@@ -31,7 +32,7 @@ def readiness(facts: Facts, operation: Operation | None) -> Readiness:
         return Readiness(
             ready=True, reason="at rest: no worker is kept, and the next request waits until one has started"
         )
-    loaded = f"{len(facts.loaded)} of {facts.target} workers ready"
+    loaded = f"{len(facts.loaded)} of {counted(facts.target, 'worker')} ready"
     if facts.outage is None or facts.rests:
         reason = f"starting, {loaded}"
     else:

@@ -17,6 +17,7 @@ from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.liveness import dry_run_timeout_s
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.facts.operations import new_operation_id
+from elastic_moe.cluster.lines import expected_engine
 from elastic_moe.cluster.messages.views import Operation, OperationKind, RebalancePreview, RoutingView, WorkerView
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.deploy.api.http_io import naming
@@ -46,7 +47,7 @@ EngineText = Annotated[str, Query(alias="engine", description="Number of the gro
 def engine_number(text: str, groups: int) -> int:
     """The number in `?engine=N`, where there are so many groups. Raises RequestError for another text."""
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < groups):
-        raise RequestError(f"engine: expected 0 to {groups - 1}, got {text[:100]!r}", param="engine")
+        raise RequestError(f"engine: expected {expected_engine(groups)}, got {text[:100]!r}", param="engine")
     return int(text)
 
 
@@ -162,9 +163,11 @@ def operation_json(operation: Operation) -> dict[str, Any]:
 
 
 async def engine_json(number: int, group: Group, *, retiring: bool) -> dict[str, Any]:
-    """A group in a few words. Fields that nobody can tell now are null. `retiring`: it gives its requests away."""
+    """A group in a few words. Fields that nobody can tell now are null. `error`: why the group will never serve.
+    `retiring`: it gives its requests away."""
     state = await group.readiness()
     body: dict[str, Any] = {"engine": number, "ready": state.ready, "reason": state.error or state.reason}
+    body["error"] = state.error
     body["retiring"] = retiring
     body |= dict.fromkeys(("workers", "target", "running", "waiting", "kv_usage"))
     with contextlib.suppress(NotReadyError):

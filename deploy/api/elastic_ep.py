@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.cluster.errors import EmoeError, NotReadyError, RequestError
 from elastic_moe.cluster.facts.operations import ENDED, new_operation_id
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.views import Operation, OperationKind, Phase
 from elastic_moe.deploy.api.http_io import naming
 from elastic_moe.deploy.api.service import Service
@@ -55,7 +56,7 @@ def elastic_ep_router(service: Service) -> APIRouter:
         for number, operation in operations.items():
             await _wait(groups[number], operation, body.drain_timeout)
         if body.new_data_parallel_size is None:
-            return {"message": f"Scaled to {size} workers", "old_ep_size": before, "new_ep_size": size}
+            return {"message": f"Scaled to {counted(size, 'worker')}", "old_ep_size": before, "new_ep_size": size}
         each = f" in each of {len(groups)} groups" if len(groups) > 1 else ""
         return {"message": f"Scaled to {size} data parallel engines{each}"}
 
@@ -78,7 +79,8 @@ def _partly(size: int, operations: Mapping[int, Operation], refusals: Mapping[in
     scaling = ", ".join(map(str, operations))
     refused = "; ".join(f"engine {number} does not: {error}" for number, error in refusals.items())
     return RequestError(
-        f"engine {scaling} scales to {size} workers, and {refused}. POST /admin/scale?engine=N asks one engine alone",
+        f"engine {scaling} scales to {counted(size, 'worker')}, and {refused}. POST /admin/scale?engine=N asks one "
+        "engine alone",
         code="scaled_in_part",
         status=503,
     )

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from elastic_moe.cluster.errors import ConflictError, NotReadyError, RequestError, UserError
+from elastic_moe.cluster.lines import meant, single_line
 from elastic_moe.deploy.backend.backend import GenerationFailed
 from elastic_moe.deploy.generation.shortcut import Shortcut
 from elastic_moe.deploy.web.direct import connection_of
@@ -30,6 +31,19 @@ INSTEAD = {
     "/admin/workers": "POST /admin/scale changes their number, and retires some by name",
 }
 """What to call where a path that only tells is asked to change something."""
+OF_OTHER_SERVERS = frozenset(
+    (
+        *("assistants", "audio", "batches", "classify", "embeddings", "evals", "files", "fine_tuning", "images"),
+        *("moderations", "pooling", "realtime", "rerank", "score", "threads", "uploads", "vector_stores", "videos"),
+    )
+)
+"""First parts of the paths of OpenAI's and vLLM's calls that a server of text generation has not."""
+WELL_KNOWN = (
+    *("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"),
+    *("/health", "/ready", "/version", "/metrics", "/admin/config", "/admin/engines", "/admin/operations"),
+    *("/admin/placement", "/admin/rebalance", "/admin/routing", "/admin/scale", "/admin/workers"),
+)
+"""Paths that a mistyped one may have been meant to be."""
 DONE = b"data: [DONE]\n\n"
 RETRY_AFTER_S = 2
 SLOW_READER_S = 15.0
@@ -74,9 +88,7 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
         case GenerationFailed():
             return 500, error_body(str(error), _kind(500), code="generation_failed")
         case HTTPException():
-            text = "no such route" if error.status_code == 404 else str(error.detail)
-            code = "not_found" if error.status_code == 404 else None
-            return error.status_code, error_body(text, _kind(error.status_code), code=code)
+            return error.status_code, error_body(str(error.detail), _kind(error.status_code))
     logger.error("internal error", exc_info=error)
     return 500, error_body("internal error; the server's log says more", _kind(500), code="internal_error")
 
@@ -102,8 +114,22 @@ def error_response(error: BaseException) -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
+def _path_of(request: Request) -> str:
+    path: str = request.scope["path"]
+    return path.removeprefix(request.scope.get("root_path", ""))
+
+
+def _no_route(request: Request) -> RequestError:
+    """For a path that is not served. Most often the base URL of a client lacks /v1, or has it twice."""
+    path = _path_of(request)
+    name = path.removeprefix("/v1/").partition("/")[0]
+    hint = "; this server only generates text" if name in OF_OTHER_SERVERS else meant(path, WELL_KNOWN)
+    text = f"no such route: {single_line(path[:100])}{hint}; /docs lists all"
+    return RequestError(text, code="not_found", status=404)
+
+
 def _other_method(request: Request) -> RequestError:
-    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    path = _path_of(request)
     taken = " and ".join(methods_of(request.app.router.routes, request.scope))
     hint = f"; {INSTEAD[path]}" if path in INSTEAD else ""
     text = f"this route takes {taken}, not {request.method}{hint}"
@@ -114,6 +140,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 405:
             error = _other_method(request)
+        elif isinstance(error, HTTPException) and error.status_code == 404:
+            error = _no_route(request)
         return error_response(error)
 
     for kind in (UserError, ConflictError, NotReadyError, GenerationFailed, HTTPException):

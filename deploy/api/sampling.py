@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import SamplingParams, ThinkingBudget
 from elastic_moe.deploy.bodies.bounds import MAX_LOGIT_BIASES, TokenIds
@@ -70,7 +71,7 @@ def sampling_params(
     min_tokens = fields.min_tokens or 0
     if min_tokens > max_tokens:
         raise RequestError(
-            f"min_tokens: {min_tokens} is more than the {max_tokens} tokens that the answer may have",
+            f"min_tokens: {min_tokens} is more than the {counted(max_tokens, 'token')} that the answer may have",
             param="min_tokens",
         )
     stop_token_ids = tuple(fields.stop_token_ids or ())
@@ -175,8 +176,8 @@ def _max_tokens(
     room = limits.max_model_len - prompt_tokens
     if room < (0 if wanted == 0 else 1):
         raise RequestError(
-            f"the prompt has {prompt_tokens} tokens; this model's maximum context length is {limits.max_model_len} "
-            "tokens, prompt and answer together",
+            f"the prompt has {counted(prompt_tokens, 'token')}; this model's maximum context length is "
+            f"{limits.max_model_len} tokens, prompt and answer together",
             param=fields.PROMPT,
             code="context_length_exceeded",
         )

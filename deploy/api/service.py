@@ -22,6 +22,7 @@ from elastic_moe.actors.remote.key_value import KeyValue, LocalKeyValue
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, SamplingParams
@@ -32,7 +33,8 @@ from elastic_moe.deploy.backend.backend import Backend
 from elastic_moe.deploy.bodies.aside import Aside
 from elastic_moe.deploy.bodies.bodies import Bodies
 from elastic_moe.deploy.bodies.bounds import TokenIds
-from elastic_moe.deploy.bodies.schema import ChatCompletionRequest, Message, SamplingFields, TemplateFields, parse
+from elastic_moe.deploy.bodies.messages import Message
+from elastic_moe.deploy.bodies.schema import ChatCompletionRequest, SamplingFields, TemplateFields, parse
 from elastic_moe.deploy.bodies.structured import StructuredFields
 from elastic_moe.deploy.generation.answer import Answer, Delta, answer_deltas, merged
 from elastic_moe.deploy.generation.metrics import Metrics
@@ -261,7 +263,8 @@ class Service:
         fewest = self.texts.tokenizer.fewest_tokens(text)
         if fewest > limits.max_model_len and not to_be_cut:
             raise RequestError(
-                f"{param}: at least {fewest} tokens; this model's maximum context length is {limits.max_model_len}",
+                f"{param}: at least {counted(fewest, 'token')}; this model's maximum context length is "
+                f"{limits.max_model_len}",
                 param=param,
                 code="context_length_exceeded",
             )
@@ -289,7 +292,9 @@ class Service:
         answers: list[Answer] = []
         for prompt in prompts:
             if not prompt.token_ids:
-                raise RequestError(f"{prompt.param}: expected at least one token", param=prompt.param)
+                raise RequestError(
+                    f"{prompt.param}: expected at least one token, got an empty text", param=prompt.param
+                )
             check_token_ids(prompt.token_ids, limits.vocab_size, prompt.param)
             token_ids = tuple(prompt.token_ids)
             for choice in range(body.num_choices):

@@ -21,6 +21,7 @@ from elastic_moe.actors.loop_watch import LoopWatch
 from elastic_moe.actors.remote.background import Background
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
 from elastic_moe.cluster.errors import NotReadyError, RequestError
+from elastic_moe.cluster.lines import counted, expected_engine
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.backend.backend import P, Question, R, Requests
 from elastic_moe.deploy.backend.directory import Directory
@@ -114,7 +115,7 @@ class Groups:
                 group.begin()
                 self._groups.append(group)
             if number != self._router.wanted:
-                logger.info("from now on there are %d groups, before %d", number, self._router.wanted)
+                logger.info("the number of groups is %d from now on, before %d", number, self._router.wanted)
             self._router.want(number)
 
     async def _drop(self) -> None:
@@ -136,7 +137,7 @@ class Groups:
 
     def group(self, number: int) -> RayBackend:
         if not 0 <= number < len(self._groups):
-            raise RequestError(f"engine: expected 0 to {len(self._groups) - 1}, got {number}", param="engine")
+            raise RequestError(f"engine: expected {expected_engine(len(self._groups))}, got {number}", param="engine")
         return self._groups[number]
 
     async def ask(self, question: Question[P, R], *arguments: P.args, **named: P.kwargs) -> R:
@@ -171,5 +172,5 @@ def together(states: Sequence[Readiness]) -> Readiness:
     worst = min(ready, key=lambda state: state.resident)
     if len(ready) == len(states):
         return worst
-    reason = f"{worst.reason}, with {len(ready)} of {len(states)} groups; {others}"
+    reason = f"{worst.reason}, with {len(ready)} of {counted(len(states), 'group')}; {others}"
     return Readiness(ready=True, reason=reason, resident=worst.resident)

@@ -166,7 +166,12 @@ class Router:
         if not streams or not any(state.serves for state in self.states()):
             return
         what = "lost" if lost < self.wanted else "retired"
-        logger.warning("group %d is %s: %d requests go on in other groups", lost, what, len(streams))
+        logger.warning(
+            "group %d is %s: %s in other groups",
+            lost,
+            what,
+            "1 request goes on" if len(streams) == 1 else f"{len(streams)} requests go on",
+        )
         for stream in streams:
             self._give_up(stream, ended=False)
             self._groups[self._place(stream)].engine.take_over(stream)

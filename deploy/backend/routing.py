@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from elastic_moe.cluster.facts.facts import Choice
+from elastic_moe.cluster.lines import counted
 
 CHUNK = 32
 """Tokens of a chunk. Prefixes are told apart by whole chunks."""
@@ -55,7 +56,7 @@ def choose(groups: Sequence[GroupState], known: Sequence[int], name: str) -> Cho
     best = _drawn([number for number in free if worth[number] == most], name)
     assert best is not None
     if known[best]:
-        return Choice(best, f"it knows {known[best]} tokens of the prompt")
+        return Choice(best, f"it knows {counted(known[best], 'token')} of the prompt")
     return Choice(best, "it has the fewest requests for each worker")
 
 

@@ -26,6 +26,8 @@ LARGE_BYTES = 2**16
 """Size from which on another process decodes a body. A smaller one takes a millisecond or two."""
 UNDER_WAY_BYTES = 8 * MAX_BODY_BYTES
 """Most bytes of all large bodies that are being read or wait to be decoded."""
+CURLS_OWN = ("application/x-www-form-urlencoded", "multipart/form-data")
+"""What curl calls the body of -d and -F where nothing else is said."""
 
 
 class Bodies:
@@ -56,7 +58,10 @@ class Bodies:
     async def _read(self, request: Request, counted: _Counted) -> bytearray:
         kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
-            raise RequestError(f"Content-Type: expected application/json, got {kind[:80]}", status=415)
+            text = f"Content-Type: expected application/json, got {kind[:80]}"
+            if kind in CURLS_OWN:
+                text += "; with curl, add -H 'Content-Type: application/json'"
+            raise RequestError(text, code="unsupported_media_type", status=415)
         body = bytearray()
         size = 0
         async for part in request.stream():

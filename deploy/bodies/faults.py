@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from elastic_moe.cluster.errors import RequestError
-from elastic_moe.cluster.lines import meant
+from elastic_moe.cluster.lines import counted, in_json, meant
 from elastic_moe.deploy.bodies.bounds import MAX_STOPS
 from elastic_moe.deploy.bodies.json_text import type_name
 
@@ -29,11 +29,11 @@ EXPECTED: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "greater_than_equal": lambda c: f"at least {c['ge']}",
     "less_than": lambda c: f"less than {c['lt']}",
     "less_than_equal": lambda c: f"at most {c['le']}",
-    "string_too_short": lambda c: f"at least {c['min_length']} characters",
-    "string_too_long": lambda c: f"at most {c['max_length']} characters",
+    "string_too_short": lambda c: f"at least {counted(c['min_length'], 'character')}",
+    "string_too_long": lambda c: f"at most {counted(c['max_length'], 'character')}",
     "string_pattern_mismatch": lambda c: f"characters as in {c['pattern']}",
-    "too_short": lambda c: f"at least {c['min_length']} element{'s' * (c['min_length'] != 1)}",
-    "too_long": lambda c: f"at most {c['max_length']} elements",
+    "too_short": lambda c: f"at least {counted(c['min_length'], 'element')}",
+    "too_long": lambda c: f"at most {counted(c['max_length'], 'element')}",
 }
 """What was expected, by pydantic's type of the error; c is the context of the error."""
 
@@ -44,6 +44,8 @@ FORMS = {
 }
 """What was expected of a field that may have several forms, by the field's name."""
 
+FEW = 8
+"""Most fields of a call that are all listed where another one is given."""
 FORM_FAULTS = ("string_type", "list_type", "int_type")
 
 
@@ -51,6 +53,8 @@ def request_error(error: ValidationError, known: Iterable[str] = ()) -> RequestE
     """The error for the first field that has a fault. Where a field has several forms, the form that fits best
     counts. `known`: the body's fields."""
     faults = error.errors(include_url=False, include_context=True, include_input=True)
+    # a field of another name is why one is missing
+    faults.sort(key=lambda fault: fault["type"] != "extra_forbidden")
     field = _path(faults[0])[0] if faults[0]["loc"] else ""
     faults = [fault for fault in faults if not fault["loc"] or fault["loc"][0] == field]
     fault = max(faults, key=lambda f: (f["type"] not in FORM_FAULTS, len(f["loc"])))
@@ -59,7 +63,10 @@ def request_error(error: ValidationError, known: Iterable[str] = ()) -> RequestE
     if fault["type"] == "missing":
         return RequestError(f"{path}: this field is required", param=path, code="missing_required_parameter")
     if fault["type"] == "extra_forbidden":
-        text = f"{path}: this call has no such field{meant(path, sorted(known))}"
+        fields = sorted(known)
+        few = len(where) == 1 and len(fields) <= FEW
+        hint = meant(path, fields) or (f"; it takes {', '.join(fields)}" if few else "")
+        text = f"{path}: this call has no such field{hint}"
         return RequestError(text, param=path, code="unknown_parameter")
     if fault["type"] == "value_error":
         return RequestError(f"{path}: {fault['ctx']['error']}", param=path, code="invalid_value")
@@ -83,4 +90,6 @@ def _shown(value: object) -> str:
     short = isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 40)
     if isinstance(value, list) and not value:
         return "an empty list"
+    if isinstance(value, bool):
+        return in_json(value)
     return repr(value)[:80] if short else type_name(value)

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import json_fault
 
 LONGEST_PARAM = 60
 """Most characters of a key that are shown as the field to blame."""
@@ -26,10 +27,8 @@ def decode(body: bytes | bytearray) -> Any:
         data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_with_unique_keys)
     except RequestError:
         raise
-    except RecursionError:
-        raise RequestError("the body is nested too deeply", code="invalid_json") from None
-    except ValueError as error:
-        raise RequestError(f"the body is no JSON: {error}", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {json_fault(error)}", code="invalid_json") from None
     if "\\u" in text:
         # half a surrogate pair is fine in JSON, but no text
         try:
@@ -58,4 +57,4 @@ def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise RequestError(f"the body is no JSON: {name} is no JSON number", code="invalid_json")

@@ -17,8 +17,9 @@ from elastic_moe.deploy.bodies.base import Body
 from elastic_moe.deploy.bodies.bounds import MAX_STOPS, TokenIds, check_sizes, pack_ids, pack_prompt
 from elastic_moe.deploy.bodies.faults import request_error
 from elastic_moe.deploy.bodies.json_text import type_name
+from elastic_moe.deploy.bodies.messages import Message, check_contents, check_history
 from elastic_moe.deploy.bodies.structured import StructuredFields
-from elastic_moe.deploy.bodies.tools import ToolFields, check_choice, check_history
+from elastic_moe.deploy.bodies.tools import ToolFields, check_choice
 from elastic_moe.deploy.bodies.unknown import HARMLESS
 
 
@@ -194,24 +195,6 @@ class CompletionRequest(SamplingFields):
         return self.prompt if isinstance(self.prompt, list) else [self.prompt]
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
-
-    def to_template(self) -> dict[str, Any]:
-        """The message as plain values. Further keys (name, tool_calls, ...) stay as they came."""
-        content = self.content
-        parts = [{"type": part.type, "text": part.text} for part in content] if isinstance(content, list) else content
-        return {**(self.model_extra or {}), "role": self.role, "content": parts}
-
-
 class TemplateFields(Body):
     """The fields that the chat template gets besides the messages."""
 
@@ -364,6 +347,8 @@ def parse(kind: type[BodyT], data: object) -> BodyT:
             raise RequestError(f"{name}: not supported by this server", param=name, code="unsupported_parameter")
     if isinstance(body, SamplingFields):
         _check_together(body)
+    if isinstance(body, TokenizeRequest):
+        check_contents(body.messages or ())
     return body.compared_with(data)
 
 
@@ -389,6 +374,7 @@ def _check_together(body: SamplingFields) -> None:
         raise RequestError("logprob_token_ids: logprobs must be set to use it", param="logprob_token_ids")
     if isinstance(body, ChatCompletionRequest):
         check_choice(body)
+        check_contents(body.messages)
         check_history(body.messages)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs: logprobs must be true to use it", param="top_logprobs")

@@ -1,8 +1,8 @@
-"""The fields of a chat that say which tools the model may call, and the checks of calls in the history."""
+"""The fields of a chat that say which tools the model may call."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
@@ -14,7 +14,7 @@ ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 """OpenAI allows fewer characters and 64 of them; servers of tools have longer names with dots, which vLLM takes."""
 
 CHOICES = ("none", "auto", "required")
-FORM_OF_CHOICE = "none, auto, required, or {'type': 'function', 'function': {'name': ...}}"
+FORM_OF_CHOICE = 'none, auto, required, or {"type": "function", "function": {"name": ...}}'
 
 
 class Function(Body):
@@ -84,38 +84,3 @@ def check_choice(body: ToolFields) -> None:
         raise RequestError(
             f"tool_choice: tools has no function {body.named_tool[:100]!r}", param="tool_choice", code="invalid_value"
         )
-
-
-def check_history(messages: Sequence[Any]) -> None:
-    """Raises RequestError for a tool message that answers no call of the assistant's message before it."""
-    asked: set[str] = set()
-    for number, message in enumerate(messages):
-        more = message.model_extra or {}
-        if message.role != "tool":
-            calls = more.get("tool_calls")
-            asked = _ids(calls) if isinstance(calls, list) else set()
-            continue
-        where = f"messages.{number}"
-        if not asked:
-            raise RequestError(
-                f"{where}.role: a message with the role 'tool' must follow an assistant message with tool_calls",
-                param=f"{where}.role",
-                code="invalid_value",
-            )
-        call_id = more.get("tool_call_id")
-        if call_id is None:
-            raise RequestError(
-                f"{where}.tool_call_id: this field is required",
-                param=f"{where}.tool_call_id",
-                code="missing_required_parameter",
-            )
-        if not isinstance(call_id, str) or call_id not in asked:
-            raise RequestError(
-                f"{where}.tool_call_id: the message before it has no call {str(call_id)[:100]!r}",
-                param=f"{where}.tool_call_id",
-                code="invalid_value",
-            )
-
-
-def _ids(calls: Sequence[Any]) -> set[str]:
-    return {call["id"] for call in calls if isinstance(call, dict) and isinstance(call.get("id"), str)}

@@ -17,9 +17,11 @@ import psutil
 
 from elastic_moe.cluster.errors import ConfigError, UserError
 from elastic_moe.cluster.facts.sampling import RoutingSample, as_choices
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.placement import EMPTY, Placement, Worker, contiguous
 from elastic_moe.cluster.setting import check_file
+from elastic_moe.deploy.calibrating.flags import STEPS, TURNS
 from elastic_moe.deploy.launch.ray_environment import cluster_settings
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.measuring.group import LocalGroup, Measured, MeasuredGroup
@@ -50,6 +52,9 @@ the busiest one."""
 
 LEAST_CORRELATION = 0.5
 """Of predicted and measured steps, below which constants are not kept."""
+
+BUSY = 1.5
+"""Processes per core from which on the machine counts as busy. The measured workers are one per core or less."""
 
 PLAN_S = 2.0
 """Seconds for a placement with little traffic, which is fitted to as well."""
@@ -91,16 +96,17 @@ def run_calibrate(args: argparse.Namespace) -> int:
     with _nodes_of(args.address) as node_ids:
         nodes = max(1, len(node_ids))
         if min(numbers) < nodes:
-            raise ConfigError(f"--workers: expected one for each of {nodes} nodes, got {min(numbers)}")
+            raise ConfigError(f"--workers: expected one for each of {counted(nodes, 'node')}, got {min(numbers)}")
         for number in numbers:
             constants, checked = calibrate(args, served, dtype, number, node_ids)
             measured.append(constants)
             print(_as_json(constants, checked) if args.json else _as_text(constants, checked), flush=True)
             if not checked.rank_correlation >= LEAST_CORRELATION:
+                load = 0.0 if node_ids else os.getloadavg()[0] / (os.cpu_count() or 1)
                 raise UserError(
                     f"--workers {number}: the constants do not predict which placement is faster (rank correlation"
-                    f" {checked.rank_correlation:.2f}, at least {LEAST_CORRELATION} is asked for), so they are not"
-                    " kept: run it again while nothing else runs, and with a model whose experts take most of a step"
+                    f" {checked.rank_correlation:.2f}, expected at least {LEAST_CORRELATION}), so they are not kept:"
+                    f" {advice(args.steps * args.turns, load)}"
                 )
     # what was measured before with other numbers of workers or of nodes stays
     before = load_constants(out) if out.exists() and args.out is None else ()
@@ -109,6 +115,19 @@ def run_calibrate(args: argparse.Namespace) -> int:
     )
     print(f"the constants are in {out}", file=sys.stderr)
     return 0
+
+
+def advice(steps: int, load: float) -> str:
+    """What to do where the constants predict little. steps: that each placement was measured in. load: processes per
+    core that have run or waited in the last minute."""
+    found = []
+    if steps < STEPS * TURNS:
+        found.append(f"measure each placement in more steps than {steps} (--steps, --turns)")
+    if load > BUSY:
+        found.append(f"run it while nothing else runs, since the machine was busy: {load:.1f} processes per core")
+    elif not found:
+        found.append("run it again while nothing else runs")
+    return ", and ".join([*found, "give a model whose experts take most of a step"])
 
 
 def _nodes_of(address: str | None) -> contextlib.AbstractContextManager[tuple[str, ...]]:
@@ -250,7 +269,7 @@ def _as_text(constants: Constants, checked: Checked) -> str:
         else f"\nthe workers of a node share cores, as if {constants.node_cores:g} of them computed at once"
     )
     return (
-        f"{constants.workers} workers{on}, steps of {constants.step_tokens} tokens:"
+        f"{constants.workers} workers{on}, steps of {counted(constants.step_tokens, 'token')}:"
         f" {1e6 * constants.token_expert_s:.3f} us for a token in an expert, {1e3 * constants.base_s:.2f} ms of a step"
         f" beside that, {link}{shared}\n"
         f"placements that were not fitted, from best to worst, in ms:\n"

@@ -9,6 +9,9 @@ from elastic_moe.cluster.setting import MILLION, number_flag, path_flag
 from elastic_moe.deploy.launch.builtin import MODEL_DIR
 from elastic_moe.optimizer.core.problem import DEFAULT_STEP_TOKENS
 
+STEPS, TURNS = 3, 6
+"""How often each placement is measured, unless something else is asked for."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add the verb; the parser's `run` takes the parsed arguments and returns the exit code."""
@@ -38,12 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help=f"prompt tokens of a step, of all workers ({DEFAULT_STEP_TOKENS})",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=number_flag(int, 1, 10_000), default=3, metavar="N",
-        help="steps under a placement in a turn (3)",
+        "--steps", type=number_flag(int, 1, 10_000), default=STEPS, metavar="N",
+        help=f"steps under a placement in a turn ({STEPS})",
     )  # fmt: skip
     parser.add_argument(
-        "--turns", type=number_flag(int, 1, 10_000), default=6, metavar="N", help="turns over all placements (6)"
-    )
+        "--turns", type=number_flag(int, 1, 10_000), default=TURNS, metavar="N",
+        help=f"turns over all placements ({TURNS})",
+    )  # fmt: skip
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="as for `emoe serve` (auto)"
     )

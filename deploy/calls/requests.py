@@ -19,15 +19,18 @@ MOST_BYTES = 64 << 20
 
 
 def server_url(text: str) -> str:
-    """The address that --url gives, without a slash at its end. Raises ConfigError where it is none of a server."""
+    """The address that --url gives, without a slash at its end, and without the /v1 of OpenAI's clients, below which
+    there are no admin calls. Raises ConfigError where it is none of a server."""
     try:
         parts = urlsplit(text)
         is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        is_one = is_one and not (parts.query or parts.fragment)
     except ValueError:
         # brackets that do not match, or a port that is no number
         is_one = False
     if is_one:
-        return text.rstrip("/")
+        path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+        return f"{parts.scheme}://{parts.netloc}{path}"
     hint = f"; http://{text} has the scheme" if re.fullmatch(r"[\w.-]+(:\d+)?/?", text) else ""
     raise ConfigError(f"--url: expected http://HOST:PORT or https://HOST:PORT, got {reprlib.repr(text)}{hint}")
 

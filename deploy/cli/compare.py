@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.cluster.lines import meant
+from elastic_moe.cluster.lines import counted, meant, size_text
 from elastic_moe.cluster.placement import Placement, Worker
 from elastic_moe.deploy.cli.plan_input import (
     choose_workers,
@@ -38,6 +38,8 @@ from elastic_moe.optimizer.study.caches import CacheRow
 from elastic_moe.optimizer.study.compare import Row, behind_on_unseen, compare, markdown, write_csv
 from elastic_moe.optimizer.study.simulate import Look, SimulationSettings, simulate
 from elastic_moe.optimizer.study.traces import Trace, TraceError, concatenate, load_trace
+
+KEPT = "--out DIR keeps the table and the figures"
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -77,7 +79,8 @@ def run_compare(args: argparse.Namespace) -> int:
     write_csv(args.out / "table.csv", rows)
     table = markdown(rows)
     if limited.move_budget is not None:
-        table += f"\n`auto` moves at most {limited.move_budget} experts (--move-share); the others are not limited.\n"
+        most = counted(limited.move_budget, "expert")
+        table += f"\n`auto` moves at most {most} (--move-share); the others are not limited.\n"
     if args.tests and each:
         note = behind_on_unseen(rows, seen=names_of(paths)[: 1 + len(args.scenarios)])
         table += f"\n{note}" if note else ""
@@ -182,7 +185,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     def progress(look: Look) -> None:
         if not args.json:
             mark = "change" if look.changed else "stay"
-            load = f"load {look.imbalance:.3f} (static {look.imbalance_static:.3f})"
+            load = f"load {look.imbalance:.3f} max/mean ({look.imbalance_static:.3f} without changes)"
             print(f"{look.time_s:8.0f} s  {load}  {mark}: {look.reason}", flush=True)
 
     looks = simulate(trace, choose_workers(args, old, experts), settings, first=old, progress=progress)
@@ -190,10 +193,14 @@ def run_simulate(args: argparse.Namespace) -> int:
         write_text(args.out / "looks.json", json.dumps([dataclasses.asdict(look) for look in looks], indent=1))
         from elastic_moe.optimizer.study import figures
 
-        _drawn(lambda: figures.imbalance_over_time(args.out / "imbalance.png", looks))
+        drawn = _drawn(lambda: figures.imbalance_over_time(args.out / "imbalance.png", looks))
     ends = dict(zip(names_of(args.traces), np.cumsum([each.num_tokens for each in traces]), strict=True))
     summary = _summary(looks) | {"traces": _by_trace(looks, ends, settings)}
-    print(json.dumps(summary) if args.json else _simulation_text(summary))
+    print(json.dumps(summary) if args.json else _simulation_text(summary, settings.interval_s))
+    if args.out is not None:
+        print(f"{'looks.json and imbalance.png are' if drawn else 'looks.json is'} in {args.out}", file=sys.stderr)
+    elif not args.json:
+        print(f"nothing is written to a file; {KEPT}", file=sys.stderr)
     return 0
 
 
@@ -206,6 +213,8 @@ def _replay_caches(args: argparse.Namespace, trace: Trace, workers: tuple[Worker
         # the default number of workers suits larger models than the built-in one
         told = "a worker has so few experts of a layer that all policies are alike: take fewer --workers"
         print(told, file=sys.stderr)
+    if args.out is None and not args.json:
+        print(f"nothing is written to a file; {KEPT}", file=sys.stderr)
     if args.out is not None:
         drawn = save(args.out, rows, _drawn)
         print(f"caches.csv {'and figures are' if drawn else 'is'} in {args.out}", file=sys.stderr)
@@ -240,19 +249,19 @@ def _by_trace(looks: list[Look], ends: dict[str, int], settings: SimulationSetti
     return found
 
 
-def _simulation_text(summary: dict[str, Any]) -> str:
+def _simulation_text(summary: dict[str, Any], interval_s: float) -> str:
     lines = [
         f"on {each['trace']}: a step costs {each['step_cost'] * 1e6:.1f} us against "
-        f"{each['step_cost_static'] * 1e6:.1f} us without"
+        f"{each['step_cost_static'] * 1e6:.1f} us without changes"
         for each in summary["traces"]
     ]
-    return "\n".join([_simulation_line(summary), *lines])
+    return "\n".join([_simulation_line(summary, interval_s), *lines])
 
 
-def _simulation_line(summary: dict[str, Any]) -> str:
+def _simulation_line(summary: dict[str, Any], interval_s: float) -> str:
     return (
-        f"{summary['intervals']} intervals, {summary['changes']} changes, {summary['moves']} moves "
-        f"({summary['bytes'] / 1e9:.1f} GB); load {summary['load_imbalance']:.3f} max/mean against "
-        f"{summary['load_imbalance_static']:.3f} without, fan-out {summary['fan_out']:.2f} against "
-        f"{summary['fan_out_static']:.2f}"
+        f"{counted(summary['intervals'], 'interval')} of {interval_s:g} s, {counted(summary['changes'], 'change')}, "
+        f"{counted(summary['moves'], 'move')} ({size_text(summary['bytes'])}); load {summary['load_imbalance']:.3f} "
+        f"max/mean against {summary['load_imbalance_static']:.3f} without changes, fan-out {summary['fan_out']:.2f} "
+        f"workers per token and layer against {summary['fan_out_static']:.2f}"
     )

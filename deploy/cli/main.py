@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import reprlib
 import sys
@@ -21,7 +22,7 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import EmoeError, UserError, why
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.lines import meant
-from elastic_moe.cluster.setting import base_type, forms_of, has_unit, path_flag, read_yaml, with_unit
+from elastic_moe.cluster.setting import TYPES, base_type, forms_of, has_unit, path_flag, read_yaml, with_unit
 from elastic_moe.deploy.calibrating import flags as calibrating
 from elastic_moe.deploy.calls import scale as cli_scale
 from elastic_moe.deploy.cli import plan as cli_plan
@@ -32,19 +33,36 @@ from elastic_moe.deploy.joined.notice import SERVICES, Cloud, asking, has_notice
 from elastic_moe.deploy.launch.console import logged
 from elastic_moe.model.checkpoints.raw import read_configuration
 
+PLACEHOLDERS = {int: "N", float: "NUMBER", str: "TEXT"}
+"""What stands for a flag's value in --help."""
+SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+"""What is written behind a flag that takes no value."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError for what is wrong; argparse would print the whole usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message.replace("expected one argument", "expected a value"))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Like argparse's, and a verb refuses what it does not know: only it knows its own flags."""
+        self._check_switches(args or ())
         parsed, rest = super().parse_known_args(args, namespace)
         if rest:
             self._refuse(rest)
         return parsed, rest
+
+    def _check_switches(self, args: Sequence[str]) -> None:
+        """Refuse a value of a flag that takes none. argparse would take the word behind it for another argument."""
+        for flag, behind in itertools.pairwise([*args, ""]):
+            name, equals, _ = flag.partition("=")
+            action = self._option_string_actions.get(name)
+            if action is None or action.nargs != 0:
+                continue
+            if equals or (behind.lower() in SWITCH_WORDS and not os.path.exists(behind)):
+                forms = " or ".join(form for form in action.option_strings if form.startswith("--"))
+                self.error(f"argument {name}: takes no value: write {forms} alone")
 
     def _refuse(self, rest: Sequence[str]) -> NoReturn:
         flag = next((argument.partition("=")[0] for argument in rest if argument.startswith("--")), None)
@@ -130,16 +148,28 @@ def _add_serve(verbs: Any) -> None:
                 help=_help(field.name),
             )
             continue
-        shown = "BYTES" if field.name.endswith("_bytes") else kind.__name__.upper().replace("STR", "TEXT")
+        shown = "BYTES" if field.name.endswith("_bytes") else PLACEHOLDERS[kind]
         serve.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=_scaled(field) if has_unit(field) else kind,
+            type=_scaled(field) if has_unit(field) else kind if kind is str else _number(kind),
             choices=field.metadata["choices"] or None,
             metavar=None if field.metadata["choices"] else shown,
             # absent rather than None, so that a flag that was not given does not hide the file's value
             default=argparse.SUPPRESS,
             help=_help(field.name),
         )
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    """Reads a number. Its range is checked with that of a file's."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {TYPES[kind]}, got {reprlib.repr(text)}") from None
+
+    return read
 
 
 def _scaled(field: dataclasses.Field[Any]) -> Callable[[str], int]:
@@ -192,7 +222,8 @@ def _until_notice(args: argparse.Namespace) -> int:
 def _help(name: str) -> str:
     field = next(field for field in dataclasses.fields(ServeConfig) if field.name == name)
     text = str(field.metadata["help"])
-    default = "" if field.default is None else f" (default: {field.default})"
+    value = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
+    default = "" if value in (None, "") else f" (default: {value})"
     return (text + default).replace("%", "%%")
 
 

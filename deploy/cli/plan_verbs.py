@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.lines import counted, size_text
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.cluster.setting import check_file
 from elastic_moe.deploy.cli.plan_input import (
@@ -86,7 +87,7 @@ def _plan_text(report: dict[str, Any], result: PlanResult, args: argparse.Namesp
         f"cross node    {report['cross_node_fraction']:.3f}",
         f"step cost     {report['step_cost'] * 1e6:.1f} us{was}: " + _items(report["cost"]),
         f"lower bound   {result.lower_bound * 1e6:.1f} us, gap {result.gap:.1%}",
-        f"moves         {report['moves']} ({report['bytes'] / 1e9:.2f} GB)",
+        f"moves         {report['moves']} ({size_text(report['bytes'])})",
         *([f"tiers         {_tiers(report)}"] if "fetches" in report else []),
         *(
             f"on {one['trace']:10} {one['step_cost'] * 1e6:.1f} us, load {one['load_imbalance']:.3f} max/mean"
@@ -97,7 +98,7 @@ def _plan_text(report: dict[str, Any], result: PlanResult, args: argparse.Namesp
 
 
 def _tiers(report: dict[str, Any]) -> str:
-    fetched = f"{report['fetches']:.1f} experts ({report['fetch_bytes'] / 1e9:.2f} GB)"
+    fetched = f"{report['fetches']:.1f} experts ({size_text(report['fetch_bytes'])})"
     return (
         f"{report['resident_share']:.0%} of the experts resident, {fetched} fetched in a step; "
         f"replayed: {report['replayed_miss_rate']:.1%} of accesses miss, a step waits for "
@@ -115,7 +116,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     trace = read_trace(args, args.trace, placement)
     if placement.num_layers != trace.num_layers:
         raise TraceError(
-            f"{args.placement} is a placement of {placement.num_layers} layers, {args.trace} has {trace.num_layers}"
+            f"{args.placement} is a placement of {counted(placement.num_layers, 'layer')}, {args.trace} has "
+            f"{trace.num_layers}"
         )
     if args.workers not in (None, len(placement.workers)):
         raise ConfigError(f"--workers: {args.placement} is a placement on {len(placement.workers)}, got {args.workers}")
@@ -133,7 +135,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     for name in ("load_imbalance", "fan_out", "same_worker_transitions", "cross_node_fraction"):
         print(f"{name:24} {report[name]:.4f}")
     print(f"{'step_cost':24} {report['step_cost'] * 1e6:.1f} us: {_items(report['cost'])}")
-    print(f"{'moves':24} {report['moves']} ({report['bytes'] / 1e9:.2f} GB)")
+    print(f"{'moves':24} {report['moves']} ({size_text(report['bytes'])})")
     if "fetches" in report:
         print(f"{'tiers':24} {_tiers(report)}")
     return 0

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elastic_moe.cluster.facts.operations import ENDED
+from elastic_moe.cluster.lines import counted, size_text
 from elastic_moe.cluster.messages.views import Operation, Phase, WorkerState
 from elastic_moe.deploy.cli.top_look import FloatArray, Look, SeenWorker, mean_s, rate, relative_load
 
@@ -101,10 +102,14 @@ def _figures(view: View, width: int) -> Text:
 
 def _cluster(view: View, width: int) -> Text:
     scale, metrics = view.now.scale, view.now.metrics
-    workers = "-" if scale is None else f"{scale.serving} of {scale.target}, {scale.min_workers} to {scale.max_workers}"
+    # while a group starts, workers that are ready serve nobody yet
+    serving = "-"
+    if scale is not None:
+        allowed = f"{scale.min_workers} to {scale.max_workers} possible"
+        serving = f"{scale.serving} of {counted(scale.target, 'worker')}, {allowed}"
     line = _pairs(
         [
-            ("workers", workers),
+            ("serving", serving),
             ("recoveries", count(metrics.get("emoe:recoveries_total"))),
             ("resumed", count(metrics.get("emoe:requests_resumed_total"))),
             ("experts moved", count(metrics.get("emoe:experts_moved_total"))),
@@ -288,13 +293,7 @@ def seconds(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+    return "-" if value is None else size_text(value)
 
 
 def printable(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cluster.errors import ConfigError, why
+from elastic_moe.cluster.lines import counted, json_fault
 from elastic_moe.cluster.setting import MILLION, check_file, number_flag, path_flag
 from elastic_moe.deploy.launch.builtin import MODEL_DIR, trace_names, trace_path
 from elastic_moe.model.checkpoints.raw import read_configuration
@@ -79,6 +80,8 @@ def run_record(args: argparse.Namespace) -> int:
 
     tokenizer = Tokenizer.load(str(args.model))
     requests = [ids for path, text in texts for ids in _requests(path, text, tokenizer, args.request_tokens)]
+    if not requests:
+        raise ConfigError(f"{', '.join(map(str, args.text))}: expected some text, got none")
     if args.max_tokens is not None:
         requests = list(_first(requests, args.max_tokens))
     with tqdm(total=sum(map(len, requests)), unit="tok", disable=None) as bar:
@@ -88,7 +91,7 @@ def run_record(args: argparse.Namespace) -> int:
             save_trace(file, trace)
     except OSError as error:
         raise ConfigError(f"{args.out}: {error.strerror}") from None
-    print(f"{args.out}: {trace.num_tokens} tokens of {len(trace.request_lengths)} requests")
+    print(f"{args.out}: {counted(trace.num_tokens, 'token')} of {counted(len(trace.request_lengths), 'request')}")
     return 0
 
 
@@ -122,8 +125,8 @@ def _requests(path: Path, text: str, tokenizer: Tokenizer, size: int) -> Iterato
 def _prompt(where: str, line: str) -> str:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f'{where}: expected JSON, an object with a text "prompt": {error}') from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f'{where}: expected JSON, an object with a text "prompt": {json_fault(error)}') from None
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ConfigError(f'{where}: expected an object with a text "prompt"')

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from elastic_moe.actors.telemetry.exporting import Exporter
 from elastic_moe.actors.telemetry.spans import Attribute, Span, trace_parent
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.requests import FinishReason, GenerateRequest, TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -87,8 +88,9 @@ class Life:
             exporter.export(self._span(times, reason), self._parent)
         if log:
             logger.info(
-                "request %s ended (%s) after %.3f s: %d prompt tokens, %d tokens",
-                self.request.request_id, reason.value, times.whole_s, len(self.request.prompt_token_ids), self.tokens,
+                "request %s ended (%s) after %.3f s: %s, %s",
+                self.request.request_id, reason.value, times.whole_s,
+                counted(len(self.request.prompt_token_ids), "prompt token"), counted(self.tokens, "token"),
                 extra={"request_id": self.request.request_id},
             )  # fmt: skip
 

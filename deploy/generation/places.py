@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import counted
 
 SHARE = 3
 """Places that a client may have for each place that remains free."""
@@ -30,7 +31,8 @@ class Places:
         """Raises RequestError: 503 where there is no room for `count` more now, 400 where there never will be."""
         if count > self._most:
             raise RequestError(
-                f"n: at most {self._most} answers may wait at a time (--max-waiting-requests), got {count}", param="n"
+                f"n: at most {counted(self._most, 'answer')} may wait at a time (--max-waiting-requests), got {count}",
+                param="n",
             )
         left = self._most - self.taken - count
         own = self._taken[client]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import json_fault
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.deploy.bodies.bounds import check_sizes
 from elastic_moe.deploy.bodies.json_text import type_name
@@ -126,7 +127,7 @@ def _json(schema: str | dict[str, Any], param: str, how: dict[str, Any]) -> Requ
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise _fault(param, f"expected a JSON schema: {error}") from None
+            raise _fault(param, f"expected a JSON schema: {json_fault(error)}") from None
         # a text has not been checked with the body
         check_sizes({param: schema}, (param,))
     if not isinstance(schema, dict | bool):

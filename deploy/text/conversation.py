@@ -3,16 +3,21 @@ and no tokenizer.
 
 Templates differ in three ways that clients cannot know: whether content is a string or a list of parts, whether there
 is a role `developer`, and that the arguments of a tool call are an object, where OpenAI's API has a string of JSON.
+
+Many templates write whatever role they are given, or none. So a role that neither OpenAI's API nor the template knows
+is refused here: it is a mistake that would otherwise only make the answer worse.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import meant
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message]], str]
@@ -20,6 +25,10 @@ Render = Callable[[Sequence[Message]], str]
 
 MARK = "Zebra7"
 """A word that appears in a rendered prompt only if the template writes the content."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""The roles of OpenAI's API."""
+_WORD = re.compile(r"""'([^'\n]{1,64})'|"([^"\n]{1,64})\"""")
 
 SEPARATOR = "\n"
 """What joins the parts of a content, for templates that take one string. The same as in vLLM."""
@@ -35,10 +44,15 @@ class TemplateForms:
     """Roles whose content the template takes only as a list of parts."""
     thinking: bool = False
     """Whether the template calls the reasoning of a message `thinking`."""
+    words: frozenset[str] = frozenset()
+    """The strings in the template, among which are the roles that it compares with."""
 
 
-def template_forms(source: str, render: Render) -> TemplateForms:
-    """The forms that the template takes, found by trying each: with the right one, the content's words are rendered."""
+def template_forms(source: str, render: Render, all_source: str = "") -> TemplateForms:
+    """The forms that the template takes, found by trying each: with the right one, the content's words are rendered.
+
+    all_source: the text of all templates, if there are several.
+    """
     developer = "developer" in source
     in_parts: set[str] = set()
 
@@ -68,12 +82,22 @@ def template_forms(source: str, render: Render) -> TemplateForms:
     calling = {"role": "assistant", "content": None, "tool_calls": [call]}
     learn("tool", lambda: [turn("user"), calling], list)
     thinking = "message.thinking" in source and "reasoning_content" not in source
-    return TemplateForms(developer=developer, in_parts=frozenset(in_parts), thinking=thinking)
+    words = frozenset(one or other for one, other in _WORD.findall(all_source or source))
+    return TemplateForms(developer=developer, in_parts=frozenset(in_parts), thinking=thinking, words=words)
 
 
 def conversation(messages: Sequence[Mapping[str, Any]], forms: TemplateForms) -> list[Message]:
-    """The messages for the template. Raises RequestError, which names the message, for malformed tool calls."""
+    """The messages for the template. Raises RequestError, which names the message, for malformed tool calls and for a
+    role that is not known."""
+    for number, message in enumerate(messages):
+        _check_role(message["role"], forms, f"messages.{number}.role")
     return [_message(message, forms, f"messages.{number}") for number, message in enumerate(messages)]
+
+
+def _check_role(role: str, forms: TemplateForms, where: str) -> None:
+    if role not in ROLES and role not in forms.words:
+        text = f"{where}: expected one of {', '.join(ROLES)}, got {role!r}{meant(role, ROLES)}"
+        raise RequestError(text, param=where, code="invalid_value")
 
 
 def text_of(content: str | Sequence[Mapping[str, Any]] | None) -> str:

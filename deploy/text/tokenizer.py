@@ -178,7 +178,7 @@ class Tokenizer:
     @cached_property
     def template_forms(self) -> TemplateForms:
         """The forms of messages that the chat template takes. The first use renders some short conversations."""
-        return template_forms(self.template_source, self.render)
+        return template_forms(self.template_source, self.render, self.all_templates)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **how: Any) -> str:
         """The text that the chat template makes of exactly these messages. Raises whatever the template raises."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.facts.tiering import cache_slots_of
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.setting import MILLION, MOST_BYTES, number_flag, size_flag, with_unit
 from elastic_moe.optimizer.baselines.heuristics import greedy_table
 from elastic_moe.optimizer.core.cost import price_table
@@ -77,7 +78,7 @@ def memories(args: argparse.Namespace, workers: int, layers: int) -> tuple[Worke
     host = 0 if args.host_experts is None else _experts("host-experts", args.host_experts, layers, args.expert_bytes)
     if device < layers:
         raise ConfigError(
-            f"--device-experts: expected room for at least one expert in each of {layers} layers, "
+            f"--device-experts: expected room for at least one expert in each of {counted(layers, 'layer')}, "
             f"got {args.device_experts!r}"
         )
     memory = WorkerMemory(

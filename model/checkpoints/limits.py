@@ -14,6 +14,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 from elastic_moe.cluster.errors import CheckpointError
+from elastic_moe.cluster.lines import counted
 
 BUILDING_S = 10.0
 """Seconds of CPU time that building a model without its weights may take. The largest published models take about one.
@@ -46,7 +47,7 @@ def check_counts(file: Path, raw: Mapping[str, Any], names: Iterable[str] | None
         if field in _LAYERS and value < 1:
             raise CheckpointError(f"{file}: {name}: expected at least 1 layer, found {value}")
         if field in (*_LAYERS, *_MORE_LAYERS) and value > most:
-            raise CheckpointError(f"{file}: {name}: expected at most {most} layers{found}; found {value}")
+            raise CheckpointError(f"{file}: {name}: expected at most {counted(most, 'layer')}{found}; found {value}")
         if field == "num_labels" and not 0 <= value <= _MOST_LABELS:
             raise CheckpointError(f"{file}: {name}: expected a number from 0 to {_MOST_LABELS}, found {value}")
 

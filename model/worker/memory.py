@@ -14,6 +14,7 @@ import torch
 from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.facts.tiering import pins_of
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerSpec
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.model.experts.store import ExpertStore
@@ -105,8 +106,8 @@ class WorkerMemory:
             least = f"{len(wanted) * self.expert_bytes} bytes, which is one expert of each of the {len(wanted)} layers"
             given = self.spec.expert_memory_bytes
             raise UserError(
-                f"{self.spec.worker} has memory for {max(0, capacity)} experts beside its KV cache, and needs {least}:"
-                " lower --max-model-len, --max-num-seqs or --kv-cache-memory-bytes"
+                f"{self.spec.worker} has memory for {counted(max(0, capacity), 'expert')} beside its KV cache, and "
+                f"needs {least}: lower --max-model-len, --max-num-seqs or --kv-cache-memory-bytes"
                 if given is None
                 else f"--expert-memory-bytes: expected at least {least}, got {given}"
             )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.cluster.errors import RequestError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import load_whole
 from elastic_moe.optimizer.study.traces import Trace
@@ -41,7 +42,7 @@ def record_trace(
     for request in requests:
         if not 0 < len(request) <= checkpoint.info.max_model_len:
             raise RequestError(
-                f"request {len(lengths) + 1}: {len(request)} tokens, the model takes 1 to "
+                f"request {len(lengths) + 1}: {counted(len(request), 'token')}, the model takes 1 to "
                 f"{checkpoint.info.max_model_len}"
             )
         with torch.inference_mode():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.placement import Worker
 from elastic_moe.optimizer.residency.memory import WorkerMemory
 from elastic_moe.optimizer.subjects.scenarios import mean_of_scenarios
@@ -129,7 +130,7 @@ def _check_numbers(problem: PlacementProblem, experts: int) -> None:
     for name, count in wanted.items():
         values = getattr(problem.links, name)
         if values and len(values) != count:
-            raise PlacementError(f"links.{name}: expected {count} numbers, got {len(values)}")
+            raise PlacementError(f"links.{name}: expected {counted(count, 'number')}, got {len(values)}")
         if not all(0 < value < np.inf for value in values):
             raise PlacementError(f"links.{name}: expected positive numbers, got {values!r}")
 
@@ -144,18 +145,18 @@ def _check_workers(workers: tuple[Worker, ...], speeds: tuple[float, ...], exper
     room = sum(min(worker.slots, experts) for worker in workers)
     if room < experts:
         raise PlacementError(
-            f"workers: {experts} experts do not fit the {room} slots of {len(workers)} workers; "
-            f"at least {experts - room} more slots are needed in every layer"
+            f"workers: {experts} experts do not fit the {counted(room, 'slot')} of {counted(len(workers), 'worker')}; "
+            f"every layer needs at least {counted(experts - room, 'more slot')}"
         )
     if speeds and len(speeds) != len(workers):
-        raise PlacementError(f"speeds: expected {len(workers)}, one per worker, got {len(speeds)}")
+        raise PlacementError(f"speeds: expected {counted(len(workers), 'number')}, one per worker, got {len(speeds)}")
     if not all(0 < speed < np.inf for speed in speeds):
         raise PlacementError("speeds: every worker's speed must be a positive number")
 
 
 def _check_memory(memory: tuple[WorkerMemory, ...], workers: int, layers: int) -> None:
     if memory and len(memory) != workers:
-        raise PlacementError(f"memory: expected {workers}, one per worker, got {len(memory)}")
+        raise PlacementError(f"memory: expected {counted(workers, 'number')}, one per worker, got {len(memory)}")
     for each in memory:
         if each.device_experts < layers:
             raise PlacementError(

@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 
+from elastic_moe.cluster.lines import counted
 from elastic_moe.optimizer.core.bounds import lower_bound
 from elastic_moe.optimizer.core.contract import Budget, Draft
 from elastic_moe.optimizer.core.cost import price_table, shares, worker_loads
@@ -77,7 +78,7 @@ def _exact(problem: PlacementProblem, start: IntArray, budget: Budget) -> Draft:
     return Draft(
         table=best,
         levels=levels,
-        reason=f"one joint model, solved {rounds} times {how}",
+        reason=f"one joint model, solved {counted(rounds, 'time')} {how}",
         termination=Termination.COMPLETED if proven else Termination.DEADLINE,
         bound=bound,
     )

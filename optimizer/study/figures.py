@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.lines import counted
 from elastic_moe.optimizer.core.cost import shares, worker_loads
 from elastic_moe.optimizer.core.problem import PlacementProblem, Semantics
 from elastic_moe.optimizer.core.result import PlanResult
@@ -182,7 +183,7 @@ def imbalance_over_time(path: Path, looks: Sequence[Look]) -> None:
     axis.set_ylabel("load imbalance (max/mean)")
     axis.set_ylim(bottom=1.0)
     moved = sum(look.bytes for look in looks) / 1e9
-    axis.set_title(f"{len(changes)} changes, {moved:.1f} GB of weights moved")
+    axis.set_title(f"{counted(len(changes), 'change')}, {moved:.1f} GB of weights moved")
     axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -138,8 +138,15 @@ def simulate(
     Raises TraceError where the trace is shorter than one interval.
     """
     per_look = int(settings.interval_s * settings.tokens_per_s)
-    if per_look < 1 or trace.num_tokens < per_look:
-        raise TraceError(f"trace: {trace.num_tokens} tokens are less than one interval of {per_look}")
+    if per_look < 1:
+        raise TraceError(
+            f"interval: expected at least 1 token, got {settings.interval_s:g} s of {settings.tokens_per_s:g} tokens/s"
+        )
+    if trace.num_tokens < per_look:
+        raise TraceError(
+            f"interval: an interval of {settings.interval_s:g} s takes {per_look} tokens at {settings.tokens_per_s:g} "
+            f"tokens/s, and the trace has {trace.num_tokens}: lower --interval or --rate, or give more traces"
+        )
     return _Run(trace, workers, settings, first, on_change).looks(per_look, progress)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from elastic_moe.cluster.lines import counted
 from elastic_moe.optimizer.study.traces import Trace, TraceError
 
 Tokens = npt.NDArray[np.int64]
@@ -22,7 +23,9 @@ def decoding_steps(trace: Trace, batch: int, most: int | None = None) -> list[To
     starts = np.cumsum(trace.request_lengths) - trace.request_lengths
     waiting = list(zip(starts.tolist(), (starts + trace.request_lengths).tolist(), strict=True))
     if not 1 <= batch <= len(waiting):
-        raise TraceError(f"trace: it has {len(waiting)} requests, so 1 to {len(waiting)} can run at once, not {batch}")
+        raise TraceError(
+            f"trace: it has {counted(len(waiting), 'request')}, so 1 to {len(waiting)} can run at once, not {batch}"
+        )
     seats = [waiting.pop(0) for _ in range(batch)]
     steps: list[Tokens] = []
     while len(seats) == batch and (most is None or len(steps) < most):

@@ -34,16 +34,39 @@ JSON = st.recursive(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("port: 2001-13-45", "month must be in 1..12"),
-        ("a: " + "[" * 5000, "recursion depth"),
-        ("port: !!float abc", "could not convert string to float"),
-        ("port: !!timestamp x", "groupdict"),
-        ('workers: !!int ""', "index out of range"),
+        ("port: 2001-13-45", "line 1, column 7: the value '2001-13-45' cannot be read"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("port: !!float abc", "line 1, column 7: the value 'abc' cannot be read"),
+        ("port: !!timestamp x", "line 1, column 7: the value 'x' cannot be read"),
+        ('workers: !!int ""', "line 1, column 10: the value '' cannot be read"),
         ("step_timeout: 1" + "0" * 400, "step_timeout: expected a finite number, got inf"),
         ("step_timeout: .inf", "step_timeout: expected a finite number, got inf"),
         ("step_timeout: .nan", "step_timeout: expected a finite number, got nan"),
         ("workers: 2\nworkers: 3", "key 'workers' is there 2 times"),
-        ("? [1]\n: 2", "while constructing a mapping"),
+        ("? [1]\n: 2", "line 1, column 3: a key must be a text"),
+        ('workers: "2"', "workers: expected a whole number, got '2'; write it without quotes"),
+        ("workers: 2.0", "workers: expected a whole number, got 2.0; write 2"),
+        ("workers: true", "workers: expected a whole number, got true$"),
+        ("workers:", "workers: expected a whole number, got nothing; leave the key out"),
+        ("standby: 1", "standby: expected true or false, got 1$"),
+        ('standby: "no"', "standby: expected true or false, got 'no'; write it without quotes"),
+        ("step_timeout: 1m", "step_timeout: expected a number, got '1m'$"),
+        ("dtype: 3", "dtype: expected a text, got 3; write it in quotes"),
+        ("dtype: 2026-01-02", "dtype: expected a text, got 2026-01-02; write it in quotes"),
+        ("no-fork-workers: true", "--no-fork-workers is a flag; the key is fork_workers: false"),
+        ("no_standby: false", "--no-standby is a flag; the key is standby: true"),
+        ("no_workers: true", "unknown key 'no_workers'"),
+        ("- a", "expected settings, in each line `key: value`, got a list"),
+        ("port 8000", "expected settings, in each line `key: value`, got the text 'port 8000'"),
+        ("workers: 2\n port: 3", "line 2, column 6: a colon does not fit here: indent all keys alike"),
+        ("  a: 1\nb: 2", "line 2, column 1: this does not fit the lines before"),
+        ("workers: 2\n\tport: 3", "line 2, column 1: a tab cannot stand here"),
+        ("a: [1,2", "line 1, column 4: a comma or ] is missing of this list"),
+        ("\na: 'x", "line 2, column 4: the closing quote of this text is missing"),
+        ("a: @x", "line 1, column 4: a text that begins with this character must be in quotes"),
+        ("a: *x", r"line 1, column 4: a text that begins with \* must be in quotes"),
+        ("a: !x y", "line 1, column 4: a text that begins with ! must be in quotes"),
+        ("a: \0", "character 4 is 0, which no YAML file may have"),
         (
             "args:\n  max-model-len: 32k",
             "unknown key 'args': settings are not nested here; .* such as 'max-model-len', at",
@@ -118,9 +141,9 @@ def test_texts_that_are_no_size(text: str) -> None:
 def test_tokens_take_multiples_and_no_bytes() -> None:
     assert ServeConfig(max_model_len="32k", max_num_batched_tokens="8K").max_model_len == 32_000
     for text in ("32kB", "1.5K"):
-        with pytest.raises(ConfigError, match=r"^max_model_len: expected an integer, or one such as 32k"):
+        with pytest.raises(ConfigError, match=r"^max_model_len: expected a whole number, or one such as 32k"):
             ServeConfig(max_model_len=text)
-    with pytest.raises(ConfigError, match=r"^workers: expected int, got '2'"):
+    with pytest.raises(ConfigError, match=r"^workers: expected a whole number, got '2'; write it without quotes"):
         ServeConfig(workers="2")
 
 
@@ -152,10 +175,19 @@ def test_any_yaml(tmp_path: Path, text: list[str]) -> None:
             {"num_logical_experts": 0, "physical_to_logical_map": [[-1, -1, -1]]},
             "expected 1 to 3 logical experts, .* got 0",
         ),
-        ({"num_logical_experts": float("inf")}, "not of the expected form"),
-        ({"slot_to_worker": 5}, "not of the expected form"),
+        ({"num_logical_experts": float("inf")}, "num_logical_experts: expected a whole number, got inf"),
+        ({"num_logical_experts": True}, "num_logical_experts: expected a whole number, got true"),
+        ({"slot_to_worker": 5}, "slot_to_worker: expected a list, got 5"),
+        ({"workers": {"a": 1}}, r"workers: expected a list, got \{'a': 1\}"),
+        ({"workers": ["a"]}, "workers.0: expected an object, got 'a'"),
+        ({"workers": [{"id": "a", "node": "n"}]}, "the key 'workers.0.slots' is missing"),
+        ({"workers": [{"id": ["a"], "node": "n", "slots": 3}]}, r"workers.0.id: expected a text, got \['a'\]"),
+        ({"physical_to_logical_map": [[0, 1], [2]]}, "must be a list of equally long lists of integers"),
         ({"slot_to_worker": [[0], 0, 0]}, "slot_to_worker must list"),
-        ({"workers": [{"id": "a", "node": "n", "slots": float("inf")}]}, "not of the expected form"),
+        (
+            {"workers": [{"id": "a", "node": "n", "slots": float("inf")}]},
+            "workers.0.slots: expected a whole number, got inf",
+        ),
         ({"workers": [{"id": "a", "node": "n", "slots": 10**30}]}, "the map is"),
         ({"physical_to_logical_map": [[0, 1, 10**30]]}, "physical_to_logical_map must be"),
         ({"tiers": [["device", "tape", "disk"]]}, "tiers: expected one of device, host, disk, got 'tape'"),

@@ -58,7 +58,7 @@ def test_a_queue_brings_a_worker_and_idleness_takes_it(checkpoint: Path, referen
         assert {stream.text for stream in streams} == {expected}
         server.wait("a worker fewer", lambda: sizes(server) == 1, 60)
         down = scalings(server)[0]
-        assert "1 workers would have a demand of 0%" in down["reason"]
+        assert "1 worker would have a demand of 0%" in down["reason"]
         server.wait("its end", lambda: scalings(server)[0]["safe_to_terminate"], 10)
         text = httpx.get(f"{server.url}/metrics", timeout=30).text
         assert [name for name in METRICS if name not in text] == []

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -122,6 +123,29 @@ def test_shares_of_a_trace() -> None:
     ids = np.array([[[0, 1]], [[0, 2]]], dtype=np.int16)
     trace = Trace(topk_ids=ids, request_lengths=np.array([2]), num_experts=4)
     assert shares(trace).tolist() == [[0.5, 0.25, 0.25, 0.0]]
+
+
+@pytest.mark.parametrize("name", ["change_of_subject", "picture_of_the_page", "publish_builtin", "train_builtin"])
+def test_help_has_a_text_for_every_flag_and_absurd_numbers_are_refused(name: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", f"examples.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    options = shown[shown.index("options:") :]
+    flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)(.*(?:\n {10,}.*)*)", options, re.M)
+    assert len(flags) >= 4
+    for flag, rest in flags:
+        assert re.search(r"(  |\n +)[a-z][\w-]* \w", rest), flag
+    absurd = {
+        "change_of_subject": ["--rounds", "-1"],
+        "picture_of_the_page": ["--seconds", "-1"],
+        "publish_builtin": ["--trained", "/nowhere"],
+        "train_builtin": ["--processes", "0"],
+    }[name]
+    refused = subprocess.run(
+        [sys.executable, "-m", f"examples.{name}", *absurd], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert absurd[0] in refused.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["change_of_subject", "picture_of_the_page", "publish_builtin", "train_builtin"])

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -207,7 +208,10 @@ def test_simulate_prints_and_draws(
         (("evaluate", "TRACE", "TRACE"), "trace.npz"),
         (("compare", "TRACE", "--planners", "best", "--out", "x"), "planners"),
         (("simulate", "TRACE", "--rate", "-1"), "rate: expected 0.001 to"),
-        (("simulate", "TRACE", "--interval", "1e9"), "less than one interval"),
+        (
+            ("simulate", "TRACE", "--interval", "1e9"),
+            r"interval: an interval of 1e\+09 s takes 20000000000 tokens at 20 tokens/s, and",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
@@ -217,6 +221,19 @@ def test_mistakes_are_one_line(
     with pytest.raises(UserError, match=message) as caught:
         emoe(*(trace if word == "TRACE" else word for word in words))
     assert "\n" not in str(caught.value)
+
+
+def test_a_simulation_says_what_it_wrote_and_in_which_units(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("simulate", trace, "--workers", 2, "--interval", 1, "--rate", 20, "--planner", "greedy")
+    assert emoe(*words, "--out", tmp_path / "sim") == 0
+    told = capsys.readouterr()
+    assert re.search(r"looks\.json (and imbalance\.png are|is) in .*sim\n$", told.err)
+    assert " max/mean (" in told.out
+    assert re.search(r"intervals? of 1 s, \d+ changes?, \d+ moves? \(\d+(\.\d)? (B|kB|MB|GB)\); load", told.out)
+    assert emoe(*words) == 0
+    assert "nothing is written to a file; --out DIR keeps" in capsys.readouterr().err
 
 
 def test_a_placement_of_another_model_is_refused(trace: Path, tmp_path: Path) -> None:

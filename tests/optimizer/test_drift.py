@@ -137,6 +137,6 @@ def test_the_simulation_gains_under_drift_and_rests_without() -> None:
     resting = dataclasses.replace(settings, policy=Policy(min_gain=0.2), quick=False)
     calm = simulate(task(1), workers, resting, first=placed)
     assert not any(look.changed for look in calm)
-    with pytest.raises(TraceError, match="less than one interval"):
+    with pytest.raises(TraceError, match="takes 500 tokens at 50 tokens/s, and the trace has 100: lower --interval"):
         simulate(task(1, 100), workers, settings)
     assert contiguous(4, 16, workers).num_layers == 4

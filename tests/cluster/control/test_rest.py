@@ -32,8 +32,8 @@ def test_without_requests_no_worker_is_kept_and_the_next_request_brings_them_bac
     assert list(sim.workers) == [W0]
 
     sim.feed(ASKED)
-    assert sim.state.readiness().reason == "starting, 0 of 1 workers ready"
-    assert newest(sim).reason == "back to 1 workers: there is a request"
+    assert sim.state.readiness().reason == "starting, 0 of 1 worker ready"
+    assert newest(sim).reason == "back to 1 worker: there is a request"
     sim.settle()
     assert sim.facts.ranks == (W1,)
     assert not any(sim.state.counters.recoveries.values())

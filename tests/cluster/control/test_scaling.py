@@ -181,7 +181,7 @@ def test_the_autoscaler_scales_with_its_reason() -> None:
     [
         ({}, 9, r"expected 1 to 8 \(each needs an expert"),
         ({"min_workers": 2, "max_workers": 4}, 1, r"expected 2 to 4 \(the limits of the autoscaler"),
-        ({"expert_capacity": 1}, 8, "expert_memory_bytes: .* it is room for 1 experts"),
+        ({"expert_capacity": 1}, 8, "expert_memory_bytes: .* it is room for 1 expert"),
     ],
 )
 def test_impossible_numbers_of_workers(limits: dict[str, int], workers: int, message: str) -> None:
@@ -273,7 +273,7 @@ def test_a_redeploy_that_finds_smaller_workers_when_its_turn_comes_fails_as_an_o
     sim.kill(W1)
     sim.settle()
     assert (sim.facts.target, len(sim.facts.ranks), sim.facts.settings.rebalance_interval_s) == (3, 3, 7.0)
-    refused = next(each for each in sim.state.operations.all() if each.reason == "redeployed to 1 workers")
+    refused = next(each for each in sim.state.operations.all() if each.reason == "redeployed to 1 worker")
     assert refused.phase is Phase.FAILED
     assert refused.error is not None
     assert "workers: expected at least 2" in refused.error

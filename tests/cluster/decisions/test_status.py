@@ -34,9 +34,9 @@ OUTAGE = Outage(reason="worker w1 lost", cause=Cause.WORKER, since=0.0)
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        (facts_of([member(W0, loaded_at=None)]), "starting, 0 of 1 workers ready"),
+        (facts_of([member(W0, loaded_at=None)]), "starting, 0 of 1 worker ready"),
         (team(W0), "serving"),
-        (team(W0, outage=OUTAGE), "recovering, 1 of 1 workers ready: worker w1 lost"),
+        (team(W0, outage=OUTAGE), "recovering, 1 of 1 worker ready: worker w1 lost"),
         (facts_of(fatal="shard 3 is damaged"), "shard 3 is damaged"),
         (
             facts_of([member(W0, capacity=PART)], [W0, W1], outage=OUTAGE, target=2),

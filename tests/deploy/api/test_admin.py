@@ -353,7 +353,7 @@ def test_a_refusal_of_the_coordinators_names_the_field(
 def test_the_range_of_engines_is_told(call: Call, number: str) -> None:
     for path in ("/admin/workers", "/admin/events"):
         refused = error(call("GET", path, params={"engine": number}), 400)
-        assert refused["message"].startswith("engine: expected 0 to 0, got ")
+        assert refused["message"].startswith("engine: expected 0, since there is one group, got ")
         assert refused["param"] == "engine"
 
 

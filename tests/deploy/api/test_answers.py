@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from elastic_moe.cluster.messages.requests import TokenLogprobs
 from elastic_moe.deploy.api.completions import CompletionShape
@@ -133,6 +134,52 @@ def test_logprobs_of_chat(call: Call) -> None:
 def test_the_template_may_refuse(call: Call) -> None:
     json = {"messages": [{"role": "bad", "content": "x"}]}
     assert "no bad roles" in error(call("POST", "/v1/chat/completions", json=json), 400)["message"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "where", "says"),
+    [
+        ([{"role": "user"}], "messages.0.content", "this field is required"),
+        ([{"role": "system", "content": "s"}, {"role": "user"}], "messages.1.content", "this field is required"),
+        (
+            [{"role": "user", "content": None}],
+            "messages.0.content",
+            "expected a string or a list of text parts, got null",
+        ),
+        ([{"role": "user", "content": "a"}, {"role": "assistant"}], "messages.1.content", "this field is required"),
+        (
+            [{"role": "wizard", "content": "a"}],
+            "messages.0.role",
+            "expected one of system, developer, user, assistant, tool, function, got 'wizard'",
+        ),
+        (
+            [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}],
+            "messages.1.role",
+            "got 'asistant' (did you mean assistant?)",
+        ),
+    ],
+)
+def test_messages_that_say_nothing_and_unknown_roles(call: Call, messages: Any, where: str, says: str) -> None:
+    for path in ("/v1/chat/completions", "/tokenize"):
+        told = error(call("POST", path, json={"messages": messages}), 400)
+        assert told["param"] == where
+        assert told["message"].startswith(f"{where}: ")
+        assert says in told["message"]
+
+
+def test_messages_without_content_that_say_something(call: Call) -> None:
+    asked = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for messages in (
+        [{"role": "developer", "content": "a"}],
+        [{"role": "function", "name": "f", "content": "a"}],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "tool_calls": [asked]},
+            {"role": "tool", "tool_call_id": "c1", "content": "b"},
+        ],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "reasoning": "r"}],
+    ):
+        assert call("POST", "/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).status_code == 200
 
 
 def test_a_model_without_a_template(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from elastic_moe.cluster.messages.requests import GenerateRequest, TokenOutput
 from elastic_moe.cluster.messages.views import Readiness
 from elastic_moe.deploy.api import http_io
 from elastic_moe.deploy.api.app import create_app
+from elastic_moe.deploy.api.http_io import WELL_KNOWN
 from elastic_moe.deploy.api.service import Service
 from tests.deploy.api.asking import CHAT, COMPLETION, Call, error, events
 from tests.deploy.conftest import client_of
@@ -70,11 +71,27 @@ def test_bodies_that_are_too_large_or_of_another_type(call: Call) -> None:
     json_type = {"content-type": "application/json"}
     large = call("POST", "/v1/completions", content=b'"' + b"a" * 10_000_000 + b'"', headers=json_type)
     assert error(large, 413)["code"] == "request_too_large"
-    error(call("POST", "/v1/completions", data={"prompt": "a"}), 415)
+    told = error(call("POST", "/v1/completions", data={"prompt": "a"}), 415)
+    assert told["message"].endswith("; with curl, add -H 'Content-Type: application/json'")
+    assert told["code"] == "unsupported_media_type"
+    told = error(call("POST", "/v1/completions", content=b"a", headers={"content-type": "text/csv"}), 415)
+    assert told["message"] == "Content-Type: expected application/json, got text/csv"
+    long = b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}"
+    told = error(call("POST", "/v1/completions", content=long, headers={"content-type": "application/json"}), 400)
+    assert told["message"] == "the body is no JSON: a number has more than 4300 digits"
 
 
 def test_unknown_routes_and_methods(call: Call) -> None:
     assert error(call("GET", "/v2/nothing"), 404)["code"] == "not_found"
+    for path, says in (
+        ("/chat/completions", "no such route: /chat/completions (did you mean /v1/chat/completions?); /docs lists all"),
+        ("/v1/v1/completions", "(did you mean /v1/completions?)"),
+        ("/v1/embeddings", "no such route: /v1/embeddings; this server only generates text; /docs"),
+        ("/admin/worker", "(did you mean /admin/workers?)"),
+        ("/zzz%0a%1b[2Jx", "no such route: /zzz x; /docs lists all"),
+    ):
+        assert says in error(call("POST", path, json={}), 404)["message"]
+    assert set(WELL_KNOWN) <= call("GET", "/openapi.json").json()["paths"].keys()
     response = call("GET", "/v1/completions")
     told = error(response, 405)
     assert (told["code"], told["message"]) == ("method_not_allowed", "this route takes POST, not GET")

@@ -19,6 +19,7 @@ from elastic_moe.deploy.bodies.schema import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EnginesRequest,
     ScaleRequest,
     TokenizeRequest,
     parse,
@@ -133,6 +134,7 @@ def test_one_fault_of_many_is_named() -> None:
         (CompletionRequest, {"prompt": "a", "stop": 5}, "stop", "a string or a list"),
         (CompletionRequest, {"prompt": "a", "stop": ["a", 5]}, "stop.1", "a string, got a number"),
         (CompletionRequest, {}, "prompt", "required"),
+        (EnginesRequest, {"size": 2}, "size", "no such field; it takes data_parallel_size"),
         (ScaleRequest, {"workerz": 2}, "workerz", "no such field (did you mean workers?)"),
     ],
 )

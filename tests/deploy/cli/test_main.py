@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -61,7 +62,15 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["serve", "--workers", "many"], "--workers"),
+        (["serve", "--workers", "many"], "--workers: expected a whole number, got 'many'"),
+        (["serve", "--step-timeout", "1m"], "--step-timeout: expected a number, got '1m'"),
+        (
+            ["serve", "--fork-workers", "no"],
+            "--fork-workers: takes no value: write --fork-workers or --no-fork-workers",
+        ),
+        (["serve", "--no-fork-workers=1"], "--no-fork-workers: takes no value: write"),
+        (["scale", "--workers", "2", "--wait=true"], "--wait: takes no value: write --wait alone"),
+        (["serve", "--port"], "--port: expected a value"),
         (["serve", "--workers", "0"], "workers"),
         (["serve", "--wokers", "2"], "unknown flag --wokers (did you mean --workers?); `emoe serve --help` lists all"),
         (["serve", "--max-model-le=4"], "unknown flag --max-model-le (did you mean --max-model-len?)"),
@@ -88,7 +97,7 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
         (["serve", "--planner", "best"], "--planner"),
         (["serve", "--expert-memory-bytes", "8GX"], "--expert-memory-bytes: expected bytes, or a size such as 8GB"),
         (["serve", "--step-timeout", "1e30"], "step_timeout: expected 1 to 86400, got 1e+30"),
-        (["serve", "--max-model-len", "32q"], "--max-model-len: expected an integer, or one such as 32k"),
+        (["serve", "--max-model-len", "32q"], "--max-model-len: expected a whole number, or one such as 32k"),
         (["serve", "--calibration", ""], "calibration: expected some text, got an empty one"),
         (["serve", "--config", ""], "--config: expected a path, got an empty text"),
         (["serve", "--tool-call-parser", "foo"], "tool_call_parser: expected one of deepseek_v3, "),
@@ -119,6 +128,13 @@ def test_the_command_alone_shows_its_verbs() -> None:
     assert result.returncode == 2
     assert "serve a model over HTTP" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("emoe: error: expected a COMMAND")
+
+
+def test_help_has_no_words_of_python() -> None:
+    for verb in ("serve", "scale", "top", "plan", "compare", "simulate", "evaluate", "calibrate"):
+        shown = emoe(verb, "--help").stdout
+        assert "usage: emoe" in shown
+        assert not re.findall(r"\b(True|False|None|INT|FLOAT|STR|default: )\)|\b(INT|FLOAT|STR)\b", shown), verb
 
 
 def test_mistakes_and_help_need_no_heavy_import() -> None:
@@ -273,11 +289,11 @@ def test_recoveries_and_scaling_are_printed_once() -> None:
     recover = {"operation_id": "recover-2", "kind": "recover", "phase": "preparing", "reason": "w0 lost", "error": None}
     reported: set[str] = set()
     assert news([recover, start], reported) == []
-    ended = recover | {"phase": "completed", "reason": "w0 lost; epoch 2 with 1 workers"}
+    ended = recover | {"phase": "completed", "reason": "w0 lost; epoch 2 with 1 worker"}
     scale = {"operation_id": "mine", "kind": "scale", "phase": "failed", "reason": "to 3", "error": "replaced"}
     # newest first, as the server tells them
     assert news([scale, ended, start], reported) == [
-        "recover-2 completed: w0 lost; epoch 2 with 1 workers",
+        "recover-2 completed: w0 lost; epoch 2 with 1 worker",
         "mine failed: replaced",
     ]
     assert news([scale, ended, start], reported) == []

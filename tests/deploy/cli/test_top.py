@@ -215,7 +215,7 @@ def test_the_picture() -> None:
     assert lines[0] == "tiny at http://api serves epoch 7"
     assert "tokens/s 120 prompt tokens/s - running - waiting 12 KV 50% first token 50 ms" in lines[1]
     assert f"tokens/s {BARS[0]}{BARS[4]}{BARS[7]} up to 120" in text.replace("  ", " ")
-    assert "workers 2 of 2, 1 to 8 recoveries - resumed - experts moved - in bytes 3.4 MB" in lines
+    assert "serving 2 of 2 workers, 1 to 8 possible recoveries - resumed - experts moved - in bytes 3.4 MB" in lines
     # of loads 6, 2 and 2 the mean is 10/3
     assert "w0 serving n0 cpu 3 25% 2 1.80x native ████" in lines
     assert "w1 serving n0 cpu 3 25% 2 0.60x native ▃▃▃▃" in lines

@@ -42,6 +42,16 @@ def test_mistakes(line: str, says: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "a.txt: expected some text, got none"), (b"a\xff", "a.txt: it is not UTF-8: byte 2 is")]
+)
+def test_texts_that_are_none(content: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "a.txt"
+    text.write_bytes(content)
+    assert emoe("trace", "record", text, "--out", tmp_path / "t.npz") == 2
+    assert says in capsys.readouterr().err
+
+
 def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "a.txt"
     assert emoe("trace", "record", text, "--out", tmp_path / "t.npz") == 2

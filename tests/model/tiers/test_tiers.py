@@ -218,7 +218,7 @@ def test_where_memory_is_short_the_kv_cache_gives_way_to_experts_but_not_further
     kv = 100 * loaded.loaded.memory.sizes().block_bytes
     worker, blocks = load_with((kv + 2.1 * layers * expert_bytes) / 0.9, kv_cache_bytes=kv)
     assert (worker.capacity, blocks) == (int(2.1 * layers), 100)
-    with pytest.raises(UserError, match=f"w0 has memory for 1 experts .*, and needs {layers * expert_bytes} bytes"):
+    with pytest.raises(UserError, match=f"w0 has memory for 1 expert .*, and needs {layers * expert_bytes} bytes"):
         load_with((least + 1.5 * expert_bytes) / 0.9)
     with pytest.raises(UserError, match=f"--expert-memory-bytes: expected at least {layers * expert_bytes} bytes"):
         load_with(1 << 40, expert_memory_bytes=layers * expert_bytes - 1)

@@ -40,7 +40,7 @@ ONE = Worker(id=WorkerId("a"), node="n", slots=4)
         ({"load_covariance": -np.ones((2, 4, 4))}, "load_covariance: holds"),
         ({"workers": ()}, "workers: none given"),
         ({"workers": (ONE, ONE)}, "workers: one is listed twice"),
-        ({"workers": (dataclasses.replace(ONE, slots=3),)}, "at least 1 more slots are needed"),
+        ({"workers": (dataclasses.replace(ONE, slots=3),)}, "every layer needs at least 1 more slot$"),
         ({"workers": (dataclasses.replace(ONE, slots=0),)}, "at least one slot"),
         ({"speeds": (1.0,)}, "speeds: expected 2"),
         ({"node_cores": 0.5}, "node_cores: expected at least 1"),

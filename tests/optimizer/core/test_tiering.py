@@ -280,5 +280,5 @@ def test_wrong_memories_are_refused(memory: dict[str, float], said: str) -> None
     good = {"device_experts": 4, "disk_fetch_s": 1.0}
     with pytest.raises(PlacementError, match=said):
         tiny(memory=(WorkerMemory(**(good | memory)),) * 2)
-    with pytest.raises(PlacementError, match="memory: expected 2, one per worker, got 1"):
+    with pytest.raises(PlacementError, match="memory: expected 2 numbers, one per worker, got 1"):
         tiny(memory=(WorkerMemory(**good),))
