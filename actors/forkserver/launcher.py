@@ -28,6 +28,7 @@ from elastic_moe.actors.forkserver.request import (
     send,
     surroundings,
 )
+from elastic_moe.actors.forkserver.setup_worker import dismiss, watched_apart
 
 WAIT_S = 20.0
 """Seconds in which a fork must have answered, the server's imports included. Then this process starts as usual."""
@@ -57,11 +58,18 @@ def main(search_path: list[str], arguments: list[str]) -> None:
     search_path: where Python looks for modules, before this project changed that. arguments: the script that Ray runs,
     and its own.
     """
-    try:
-        hand_over(search_path, arguments, time.monotonic() + WAIT_S)
-    except (OSError, ValueError, Refused) as error:
-        note_start(os.environ, str(error) or type(error).__name__)
+    with watched_apart(os.environ):
+        try:
+            hand_over(search_path, arguments, time.monotonic() + WAIT_S)
+        except (OSError, ValueError, Refused) as error:
+            refusal = str(error) or type(error).__name__
+        else:
+            refusal = ""
+    if refusal:
+        note_start(os.environ, refusal)
         os.execv(sys.executable, [sys.executable, *arguments])
+    # the script that the fork runs has left a watcher of its own
+    dismiss(os.environ)
     # not by sys.exit: nothing of this process is to be undone
     os._exit(0)
 

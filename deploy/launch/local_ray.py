@@ -86,6 +86,7 @@ class ServerProcesses:
             ray_private.without_onlookers()
             ray_private.lengthen_waits(PATIENCE_S)
             ray_private.choose_agents_ports(free_port)
+            ray_private.watch_starts()
             ray_private.report_processes(self._started)
         self._connected = True
         common: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.ERROR}

@@ -13,7 +13,8 @@ from elastic_moe.deploy.launch.run_directory import RunDirectory
 
 PATIENCE_S = 600
 """Seconds that Ray and Serve wait for a part of themselves to start. Their defaults are 5 to 60 s, which a busy machine
-exceeds. A part that has died is noticed without this limit, by Ray, by Serve or by the supervisor."""
+exceeds. A part that has died is noticed without this limit: by Ray, by Serve, by the supervisor or, before it has
+registered, by its watcher (actors/forkserver/setup_worker.py)."""
 
 _PROXIES = {f"{kind}_proxy" for kind in ("http", "https", "ftp", "all", "grpc", "ws", "wss", "socks", "no")}
 _PROXIES.add("ray_grpc_enable_http_proxy")
