@@ -199,7 +199,8 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
             info = describe(model_dir)
             process.wait()
     check_limits(config, info)
-    check_groups(config, psutil.virtual_memory().total)
+    if config.address is None:
+        check_groups(config, cores=len(os.sched_getaffinity(0)), free_bytes=psutil.virtual_memory().available)
     if config.calibration is not None and config.address is None:
         from elastic_moe.optimizer.constants import load_constants
 

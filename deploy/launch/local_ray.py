@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -21,8 +22,10 @@ import psutil
 
 from elastic_moe.actors.names import NAMESPACE
 from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.decisions.limits import check_groups
 from elastic_moe.cluster.errors import ConfigError, UserError, why
 from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.nodes import CPU, MEMORY
 from elastic_moe.deploy.launch import ray_private
 from elastic_moe.deploy.launch.console import keep_ray_lines
 from elastic_moe.deploy.launch.haproxy import INSIDE, write_haproxy
@@ -139,6 +142,7 @@ class ServerProcesses:
         from elastic_moe.deploy.launch.serve_app import application
 
         self._check_unused()
+        self._check_head()
         self._owns_app = True
         # the weights load while Serve starts; the API then finds the coordinator
         coordinators = start_groups(self._config, model_dir, alone=self.local, model=model)
@@ -172,6 +176,15 @@ class ServerProcesses:
             f"--address: a server runs on {self._config.address} already; end it, or what is left of it, with"
             " `serve shutdown` there"
         )
+
+    def _check_head(self) -> None:
+        """Raises ConfigError for more groups than the head of a joined cluster can carry. A cluster may have been told
+        that its head has no cores; then nothing is known of it."""
+        from elastic_moe.actors.remote import ray_nodes
+
+        head = None if self.local else next((node for node in ray_nodes.nodes() if node.head), None)
+        if head is not None and (cores := int(head.total.get(CPU, 0))):
+            check_groups(self._config, cores=cores, free_bytes=int(head.free.get(MEMORY, math.inf)))
 
     def drain(self, timeout_s: float) -> None:
         """Have all replicas refuse new requests, and wait for the running ones, at most `timeout_s`.
