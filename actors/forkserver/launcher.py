@@ -28,7 +28,7 @@ from elastic_moe.actors.forkserver.request import (
     send,
     surroundings,
 )
-from elastic_moe.actors.forkserver.setup_worker import dismiss, watched_apart
+from elastic_moe.actors.forkserver.setup_worker import WatchedApart, dismiss
 
 WAIT_S = 20.0
 """Seconds in which a fork must have answered, the server's imports included. Then this process starts as usual."""
@@ -58,7 +58,7 @@ def main(search_path: list[str], arguments: list[str]) -> None:
     search_path: where Python looks for modules, before this project changed that. arguments: the script that Ray runs,
     and its own.
     """
-    with watched_apart(os.environ):
+    with WatchedApart(os.environ):
         try:
             hand_over(search_path, arguments, time.monotonic() + WAIT_S)
         except (OSError, ValueError, Refused) as error:
