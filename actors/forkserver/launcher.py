@@ -192,6 +192,8 @@ def _spawn(listener: socket.socket, path: str) -> None:
     subprocess.run(
         command_of(server, str(descriptor), path),
         pass_fds=[descriptor],
+        # not what a library in C has added, such as readline: a request tells this one
+        env=dict(os.environ),
         stdin=subprocess.DEVNULL,
         check=False,
     )
