@@ -37,6 +37,7 @@ from elastic_moe.deploy.launch.local_ray import (
     check_gpu,
     check_port,
     check_shared_memory,
+    check_threads,
 )
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.deploy.launch.supervision import TRY_AGAIN, Phase
@@ -79,6 +80,7 @@ def serve(config: ServeConfig) -> int:
     check_gpu(config)
     if config.address is None:
         check_shared_memory()
+        check_threads(config.data_parallel_size * config.workers)
     directory = RunDirectory.create()
     return supervised(
         lambda report: _main(config, directory, report),

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import resource
 import secrets
 import shutil
 import socket
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 APP_NAME = "emoe"
 LEAST_SHARED_BYTES = 16 << 20
 """Free shared memory without which a server does not start."""
+LEAST_THREADS, THREADS_OF_WORKER = 400, 50
+"""Processes and threads that a server has while it starts, apart from its workers, and of each worker: 426 and 470 were
+counted with one worker and with two."""
 GPU_DEVICES = ("nvidiactl", "nvidia0", "dxg", "kfd", "nvhost-gpu", "nvgpu")
 """Files of /dev by which programs reach GPUs: NVIDIA's, those of Windows' host, AMD's, and those of NVIDIA's boards."""
 DRAIN_ANSWER_S = 10.0
@@ -307,6 +311,33 @@ def check_shared_memory(path: str = "/dev/shm") -> None:
             f"{path}: a server needs {LEAST_SHARED_BYTES >> 20} MiB of shared memory, and {free >> 20} MiB are free;"
             " remove files there, or give a container more (docker run --shm-size=1g)"
         )
+
+
+def check_threads(workers: int) -> None:
+    """Raises UserError where `ulimit -u` leaves this user too few processes and threads: parts of Ray end at their
+    start then, and say nothing of it. Raises the soft limit to the hard one. The limit does not count for root.
+
+    workers: of all groups.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+    if hard == resource.RLIM_INFINITY or not os.geteuid():
+        return
+    needed = LEAST_THREADS + THREADS_OF_WORKER * workers
+    running = sum(_threads_of(process) for process in psutil.process_iter())
+    if hard < running + needed:
+        raise UserError(
+            f"ulimit -u: the hard limit of {hard} processes and threads is too low for this user, who has {running},"
+            f" while a server of {workers} workers needs {needed}; expected at least {running + needed}"
+        )
+
+
+def _threads_of(process: psutil.Process) -> int:
+    """Number of the process's threads if it is this user's."""
+    try:
+        return process.num_threads() if process.uids().real == os.getuid() else 0
+    except psutil.Error:
+        return 0
 
 
 def free_port() -> int:
