@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -174,6 +174,8 @@ def choose_agents_ports(free_port: Callable[[], int]) -> None:
 
 
 def with_agents_ports(start_raylet: Function, free_port: Callable[[], int]) -> Function:
+    # with its signature, as there are several replacements
+    @wraps(start_raylet)
     def start(*args: Any, **kwargs: Any) -> Any:
         from ray._raylet import persist_port  # type: ignore[attr-defined]
 
@@ -194,6 +196,7 @@ def watch_starts() -> None:
 
 
 def with_our_scripts(start_raylet: Function) -> Function:
+    @wraps(start_raylet)
     def start(*args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(start_raylet).bind(*args, **kwargs)
         for name, script in zip(("setup_worker_path", "worker_path"), setup_worker.SCRIPTS, strict=True):
@@ -212,6 +215,7 @@ def report_processes(started: Started) -> None:
 
 
 def _reporting(start: Function, *, name: str, started: Started) -> Function:
+    @wraps(start)
     def start_and_report(*args: Any, **kwargs: Any) -> Any:
         info = start(*args, **kwargs)
         started(name, info.process.pid)
