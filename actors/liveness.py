@@ -38,6 +38,7 @@ after WAITING_FOR_RESOURCES_S in any case.
     engine           a replica to store a lasting request     KEPT_S                            its answer is forgotten
     worker           the thread of its steps, when asked      STEP_PING_S                       it says a step hangs
     migrator         a copy of one expert                     COPY_TIMEOUT_S                    the transfer has failed
+    watcher          a process of Ray's to register           as long as it lives               it runs it again
     whoever listens  the token of a new connection            TOKEN_S                           it hangs up
     whoever connects a connection                             CONNECT_S                         it tries again later
     both ends        the other machine (TCP keep-alive)       TCP_KEEP_ALIVE: 10 + 3 x 5 s      the connection has ended

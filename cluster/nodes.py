@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-GPU, CPU = "GPU", "CPU"
+GPU, CPU, MEMORY = "GPU", "CPU", "memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

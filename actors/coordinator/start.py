@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 
 import ray
@@ -12,26 +13,45 @@ from elastic_moe.actors import names
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.coordinator.fleet import ON_HEAD, RayFleet
 from elastic_moe.actors.liveness import CALL_TIMEOUT_S
-from elastic_moe.actors.remote import generations
+from elastic_moe.actors.remote import generations, ray_nodes
 from elastic_moe.actors.remote.ask import Remote, ask, kill, wait
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.nodes import CPU
 from elastic_moe.cluster.redeploy import Generation, cluster_of, generation_of, group_name, number_of
 
 
 def start_groups(
     config: ServeConfig, model_dir: str, *, alone: bool = False, model: ModelInfo | None = None
 ) -> list[Remote[Coordinator]]:
-    """The coordinators of all groups of the cluster for this model and these settings, as `start_cluster` returns them.
-    Those that an admin call has added are left out (`start_further_groups`), and those that it has retired.
+    """The coordinators of the first groups of the cluster for this model and these settings, as `start_cluster` returns
+    them: of those that run, and of as many as may start at a time. The others start when these are ready
+    (`start_further_groups`), as do those that an admin call has added.
 
     alone, model: as RayFleet has them.
     """
     generation = generation_of(config, model_dir)
-    most = generations.number_of_groups(generation, config.data_parallel_size)
-    names = [group_name(generation, number) for number in range(min(most, config.data_parallel_size))]
-    fleets = [RayFleet(config, name, alone=alone, model=model) for name in names]
-    return [start_cluster(config, model_dir, fleet) for fleet in fleets]
+    most = min(generations.number_of_groups(generation, config.data_parallel_size), config.data_parallel_size)
+    # an API replica finds those that the main process has made, and makes none that may have to be made otherwise
+    begins = groups_at_once(config.workers, alone=True) if alone else 1
+    known = set(generations.coordinators()) if most > begins else set()
+    found = []
+    for number in range(most):
+        name = group_name(generation, number)
+        if number >= begins and name not in known:
+            break
+        found.append(start_cluster(config, model_dir, RayFleet(config, name, alone=alone, model=model)))
+    return found
+
+
+def groups_at_once(workers: int, *, alone: bool) -> int:
+    """Number of groups that may start at a time: each of their workers has a core for its imports and its weights, so
+    that the first ones serve as soon as they can. Blocks for a call to GCS unless `alone` (as RayFleet has it).
+
+    workers: of a group.
+    """
+    cores = len(os.sched_getaffinity(0)) if alone else sum(node.total.get(CPU, 0.0) for node in ray_nodes.nodes())
+    return max(1, int(cores) // workers)
 
 
 def start_further_groups(

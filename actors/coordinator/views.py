@@ -154,7 +154,18 @@ def placement_view(state: ControlState) -> PlacementView:
     if facts.spec is None:
         raise NotReadyError(state.readiness().reason)
     moves = () if facts.change is None else facts.change.transfers.copies
-    return PlacementView(epoch=facts.epoch, placement=facts.spec.placement, pinned=facts.pinned, moves=tuple(moves))
+    return PlacementView(
+        epoch=facts.epoch,
+        placement=facts.spec.placement,
+        pinned=facts.pinned,
+        pinned_by=_pinned_by(state),
+        moves=tuple(moves),
+    )
+
+
+def _pinned_by(state: ControlState) -> str | None:
+    operation = None if state.facts.pins is None else state.operations.get(state.facts.pins)
+    return None if operation is None or operation.phase in ENDED else operation.operation_id
 
 
 def routing_view(window: RoutingWindow, placement: Placement, now: float) -> RoutingView:
@@ -190,7 +201,9 @@ def cluster_view(
     """What an open page shows, without the placement and the loads that it has by `known`."""
     facts, counters = state.facts, state.counters
     under_way = None if facts.change is None else facts.change.spec.epoch
-    revision = Revision(placement=(facts.epoch, facts.pinned, under_way), load=(facts.epoch, window.reports))
+    revision = Revision(
+        placement=(facts.epoch, facts.pinned, _pinned_by(state), under_way), load=(facts.epoch, window.reports)
+    )
     view = None if facts.spec is None else placement_view(state)
     return ClusterView(
         revision=revision,

@@ -31,6 +31,7 @@ from elastic_moe.actors.forkserver.request import (
     send,
     surroundings,
 )
+from elastic_moe.actors.forkserver.setup_worker import WatchedApart, dismiss
 
 WAIT_S = 20.0
 """Seconds in which a fork must have answered, the server's imports included. Then this process starts as usual."""
@@ -63,11 +64,18 @@ def main(search_path: list[str], arguments: list[str], stages: Sequence[tuple[st
     search_path: where Python looks for modules, before this project changed that. arguments: the script that Ray runs,
     and its own. stages: as in `command`.
     """
-    try:
-        hand_over(search_path, arguments, [Stage(*stage) for stage in stages], time.monotonic() + WAIT_S)
-    except (OSError, ValueError, Refused) as error:
-        note_start(os.environ, str(error) or type(error).__name__)
+    with WatchedApart(os.environ):
+        try:
+            hand_over(search_path, arguments, [Stage(*stage) for stage in stages], time.monotonic() + WAIT_S)
+        except (OSError, ValueError, Refused) as error:
+            refusal = str(error) or type(error).__name__
+        else:
+            refusal = ""
+    if refusal:
+        note_start(os.environ, refusal)
         os.execv(sys.executable, [sys.executable, *arguments])
+    # the script that the fork runs has left a watcher of its own
+    dismiss(os.environ)
     # not by sys.exit: nothing of this process is to be undone
     os._exit(0)
 
@@ -205,6 +213,8 @@ def _spawn(openings: Sequence[tuple[socket.socket, str, Stage]]) -> None:
     subprocess.run(
         command_of(server, json.dumps(told)),
         pass_fds=descriptors,
+        # not what a library in C has added, such as readline: a request tells this one
+        env=dict(os.environ),
         stdin=subprocess.DEVNULL,
         check=False,
     )

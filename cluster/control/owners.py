@@ -57,6 +57,7 @@ class Owners:
             next_epoch=epochs.next_epoch,
             planning=self.rebalancing.planning,
             pinned=self.rebalancing.pinned,
+            pins=self.rebalancing.pins,
             target=self.scaling.target,
             load=self.load,
             retry_at=epochs.retry_at,

@@ -20,7 +20,7 @@ from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.facts.operations import OperationLog
 from elastic_moe.cluster.facts.tiering import assign_tiers, fits_in
 from elastic_moe.cluster.lines import counted
-from elastic_moe.cluster.messages.views import Operation, OperationKind
+from elastic_moe.cluster.messages.views import Operation, OperationKind, WorkerState
 from elastic_moe.cluster.placement import Placement
 
 RELIEF = "relief"
@@ -179,7 +179,7 @@ class Rebalancing:
         self.planning: Planning | None = None
         self.pinned = False
         """Whether periodic re-placement must not change the placement."""
-        self._pins: str | None = None
+        self.pins: str | None = None
         """Id of the operation that pins the placement when it completes."""
         self._asked: Asked | None = None
         """The last re-placement that a user asked for."""
@@ -274,7 +274,7 @@ class Rebalancing:
             OperationKind.REBALANCE, facts.next_epoch, "requested, a given placement", asked="a given placement"
         )
         if placement != facts.goal:
-            self._pins = operation.operation_id if event.pinned else None
+            self.pins = operation.operation_id if event.pinned else None
             self._asked = Asked(operation.operation_id, event, event.placement)
             return operation, placement
         self.pinned = self.pinned or event.pinned is True
@@ -284,7 +284,7 @@ class Rebalancing:
 
     def unpin(self) -> None:
         """Also what would pin the placement at its end: it goes on, and pins nothing."""
-        self.pinned, self._pins = False, None
+        self.pinned, self.pins = False, None
 
     def configured(self, settings: ControlSettings, now: float) -> None:
         """Take over the settings of a redeploy."""
@@ -302,8 +302,8 @@ class Rebalancing:
             self._look_at = now + self._interval_s
         if change.kind is OperationKind.REBALANCE:
             self._counters.rebalances[RebalanceResult.COMPLETED] += 1
-            if change.operation_id == self._pins:
-                self.pinned, self._pins = True, None
+            if change.operation_id == self.pins:
+                self.pinned, self.pins = True, None
 
     # --- What is begun again ----------------------------------------------------------------------------------------
 
@@ -361,7 +361,8 @@ class Rebalancing:
         planning, asked = self.planning, self._asked
         if planning is None or not planning.waits:
             return [], None
-        if facts.probing or not facts.serves or facts.change is not None or now < facts.retry_at:
+        leaves = any(facts.records[worker].state is WorkerState.DRAINING for worker in facts.ranks)
+        if leaves or facts.probing or not facts.serves or facts.change is not None or now < facts.retry_at:
             return [], None
         assert asked is not None
         operation = self._operations.get(planning.operation_id)

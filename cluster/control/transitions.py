@@ -105,13 +105,14 @@ class Transitions:
         return self._owners.epochs.give_up(f"it gave way: {reason}", now, at_once=True)
 
     def make_haste(self, reason: str, now: float) -> list[Command]:
-        """End a re-placement: what it moves would keep a leaving node's experts waiting."""
-        self._owners.rebalancing.cancel(reason)
+        """End a re-placement: what it moves would keep a leaving node's experts waiting. One that a user has asked
+        for is begun again when the workers of that node have left."""
+        self._owners.rebalancing.put_off(reason)
         change = self._owners.epochs.change
         elective = change is not None and change.kind in (OperationKind.REBALANCE, OperationKind.PROMOTE)
         if change is None or not elective or change.stage is Stage.COMMITTING:
             return []
-        return self._owners.epochs.give_up(reason, now, at_once=True)
+        return self.give_up(reason, now, at_once=True)
 
     def interrupt(self, reason: str, cause: Cause, now: float) -> list[Command]:
         """The epoch in force cannot serve: interrupt a planner, and give up every change that is not a recovery."""

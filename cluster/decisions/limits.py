@@ -10,19 +10,33 @@ GROUP_PROCESSES = 3
 """Processes of a group beside its workers: coordinator, engine and migrator. They are on the head."""
 PROCESS_BYTES = 100_000_000
 """The least memory that one of them takes."""
+GROUPS_PER_CORE = 4
+"""Groups for each core of the head, on which each has an engine that takes part in every step; without an `address` it
+has all workers too. With more, most of them wait for a core at any time, and all answer slowly."""
 
 
-def check_groups(config: ServeConfig, memory_bytes: int) -> None:
-    """Raises ConfigError for more groups than a machine with so much memory holds. It is the head; where no `address`
-    is given, all workers are on it too."""
+def check_groups(config: ServeConfig, *, cores: int, free_bytes: int, present: int = 0) -> None:
+    """Raises ConfigError for more groups than the head can carry, with its cores and the memory that is free there.
+
+    It is this machine; where no `address` is given, all workers are on it too. present: groups that run there already,
+    whose memory is not free.
+    """
     processes = GROUP_PROCESSES + (config.workers if config.address is None else 0)
-    most = max(1, memory_bytes // (processes * PROCESS_BYTES))
-    if config.data_parallel_size > most:
-        raise ConfigError(
-            f"data_parallel_size: expected at most {most}, got {config.data_parallel_size}: this machine has "
-            f"{memory_bytes / 1e9:.0f} GB of memory, and a group has {processes} processes here of at least "
-            f"{PROCESS_BYTES / 1e9:g} GB"
-        )
+    by_memory = present + free_bytes // (processes * PROCESS_BYTES)
+    most = max(1, present, min(GROUPS_PER_CORE * cores, by_memory))
+    if config.data_parallel_size <= most:
+        return
+    where = "this machine" if config.address is None else "the head of the cluster"
+    if by_memory < GROUPS_PER_CORE * cores:
+        others = f" beside the {present} groups that run" if present else ""
+        why = f"{where} has {free_bytes / 1e9:.1f} GB of free memory{others}, and a group has {processes} processes"
+        why += f" there of at least {PROCESS_BYTES / 1e9:g} GB"
+    else:
+        why = f"{where} has {cores} cores, and a core carries {GROUPS_PER_CORE} groups"
+    advice = "more workers in each group (--workers) use more machines"
+    if config.address is None:
+        advice = "a larger machine, or a Ray cluster (--address), carries more"
+    raise ConfigError(f"data_parallel_size: expected at most {most}, got {config.data_parallel_size}: {why}; {advice}")
 
 
 def check_limits(config: ServeConfig, info: ModelInfo) -> None:

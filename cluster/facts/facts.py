@@ -159,6 +159,8 @@ class Facts:
     planning: Planning | None
     pinned: bool
     """Whether periodic re-placement must not change the placement."""
+    pins: str | None
+    """Id of the operation that pins the placement when it completes. It may have failed."""
     target: int
     """Number of workers that there should be."""
     load: npt.NDArray[np.int64]

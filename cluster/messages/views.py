@@ -132,6 +132,8 @@ class PlacementView:
     placement: Placement
     pinned: bool = False
     """Whether periodic re-placement must not change the placement."""
+    pinned_by: str | None = None
+    """Id of the operation under way that pins the placement when it completes."""
     moves: tuple[Move, ...] = ()
     """Copies of the change under way, done or not; empty if there is no change."""
 
@@ -208,8 +210,8 @@ class LoadView:
 class Revision:
     """Identifies a placement and the sums of a routing window, so that nobody gets again what they have."""
 
-    placement: tuple[Epoch, bool, Epoch | None] | None = None
-    """The epoch in force, whether it is pinned, and the epoch of the change under way."""
+    placement: tuple[Epoch, bool, str | None, Epoch | None] | None = None
+    """The epoch in force, whether it is pinned, what will pin it, and the epoch of the change under way."""
     load: tuple[Epoch, int] | None = None
     """The epoch in force, and the number of reports that the window has taken."""
 

@@ -64,7 +64,7 @@ def admin_router(service: Service) -> APIRouter:
         numbers = range(service.backend.num_groups)
         wanted = service.backend.wanted_groups
         asked = (engine_json(n, service.backend.group(n), retiring=n >= wanted) for n in numbers)
-        return list(await asyncio.gather(*asked))
+        return [*await asyncio.gather(*asked), *map(later_engine_json, range(len(numbers), wanted))]
 
     resized = json_answer("The number of groups from now on.", "data_parallel_size", "data_parallel_size_before")
 
@@ -177,6 +177,13 @@ async def engine_json(number: int, group: Group, *, retiring: bool) -> dict[str,
         usage = max(status.kv_usage.values(), default=0.0)
         body |= {"running": sum(status.running.values()), "waiting": status.waiting, "kv_usage": usage}
     return body
+
+
+def later_engine_json(number: int) -> dict[str, Any]:
+    """A group that has not begun to start: groups start a few at a time."""
+    reason = "waits until others have started"
+    body = {"engine": number, "ready": False, "reason": reason, "error": None, "retiring": False}
+    return body | dict.fromkeys(("workers", "target", "running", "waiting", "kv_usage"))
 
 
 def preview_json(preview: RebalancePreview) -> dict[str, Any]:

@@ -7,6 +7,7 @@ The number lies in Ray's store, where all replicas look, and the groups' coordin
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,7 +15,7 @@ from typing import Protocol
 import psutil
 
 from elastic_moe.actors.coordinator.coordinator import Coordinator
-from elastic_moe.actors.coordinator.start import start_further_groups
+from elastic_moe.actors.coordinator.start import groups_at_once, start_further_groups
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
@@ -35,6 +36,10 @@ class Directory(Protocol):
 
     def find(self, number: int) -> None:
         """See that the first `number` groups have coordinators."""
+        ...
+
+    def at_once(self) -> int:
+        """Number of groups that may start at a time."""
         ...
 
     def leave(self, number: int) -> None:
@@ -63,8 +68,14 @@ class RayDirectory:
     def want(self, number: int) -> None:
         address = "auto" if self._joined else self._config.address
         asked = dataclasses.replace(self._config, data_parallel_size=number, address=address)
-        check_groups(asked, psutil.virtual_memory().total)
+        present = len(self.coordinators)
+        free_bytes = psutil.virtual_memory().available
+        check_groups(asked, cores=len(os.sched_getaffinity(0)), free_bytes=free_bytes, present=present)
         generations.ask_for_groups(self._generation, self._config.data_parallel_size, number)
+
+    def at_once(self) -> int:
+        alone = not self._joined and self._config.address is None
+        return groups_at_once(self._config.workers, alone=alone)
 
     def find(self, number: int) -> None:
         with self._finding:

@@ -2,7 +2,8 @@
 
 The router (router.py) gives each request to a group. Questions about one group go to that group, and questions about
 what all groups have in common to the first one that answers. Groups come and go at the end of the list, as the
-directory (directory.py) says.
+directory (directory.py) says. They start a few at a time: on a machine with few cores, if all started together, none
+would serve before the last one does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from ray.exceptions import RayError
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 LOOK_S = 1.0
 """Seconds between two looks at how many groups there are to be."""
 
+START_S = 60.0
+"""Seconds after which the next group may start although one has not become ready: it may wait for a node or a GPU."""
+
 MakeGroup = Callable[[int, Callable[[], None]], RayBackend]
 
 
@@ -48,6 +53,9 @@ class Groups:
         self._changed = asyncio.Event()
         self._changing = asyncio.Lock()
         self._groups = [make(n, self._changed.set) for n in range(number)]
+        self._made_at = [time.monotonic()] * number
+        """When each group was found or made here."""
+        self._wanted = number
         self._router = Router(self._groups, self._changed)
         self.engine: Requests = self._router
         self._watch = Background(task_failed)
@@ -81,7 +89,8 @@ class Groups:
 
     @property
     def wanted_groups(self) -> int:
-        return self._router.wanted
+        """Those that have not begun to start count too."""
+        return self._wanted
 
     async def resize(self, number: int) -> None:
         if self._directory is None:
@@ -99,7 +108,7 @@ class Groups:
         while True:
             try:
                 number = await asyncio.to_thread(directory.wanted)
-                if number != self._router.wanted:
+                if number != self._wanted or number > len(self._groups):
                     await self._go_to(directory, number)
             except CALL_ERRORS as error:
                 logger.warning("the number of groups is not known: %s", one_line(error))
@@ -107,22 +116,39 @@ class Groups:
             await asyncio.sleep(LOOK_S)
 
     async def _go_to(self, directory: Directory, number: int) -> None:
+        """There are to be so many groups: have as many of the missing ones start as may do so now."""
         async with self._changing:
-            if number > len(self._groups):
-                await asyncio.to_thread(directory.find, number)
-            for new in range(len(self._groups), number):
+            if number != self._wanted:
+                logger.info("from now on there are %d groups, before %d", number, self._wanted)
+                self._wanted = number
+                self._router.want(min(number, len(self._groups)))
+            if number <= len(self._groups):
+                return
+            at_once = await asyncio.to_thread(directory.at_once)
+            while len(self._groups) < number and await self._starting() < at_once:
+                new = len(self._groups)
+                await asyncio.to_thread(directory.find, new + 1)
                 group = self._make(new, self._changed.set)
                 group.begin()
                 self._groups.append(group)
-            if number != self._router.wanted:
-                logger.info("the number of groups is %d from now on, before %d", number, self._router.wanted)
-            self._router.want(number)
+                self._made_at.append(time.monotonic())
+                self._router.want(len(self._groups))
+
+    async def _starting(self) -> int:
+        """Number of groups that have begun to start and are not ready."""
+        states = [await group.readiness() for group in self._groups]
+        since = time.monotonic() - START_S
+        return sum(
+            not state.ready and state.error is None and made_at > since
+            for state, made_at in zip(states, self._made_at, strict=True)
+        )
 
     async def _drop(self) -> None:
         """Leave the retired groups that have no requests of this replica any more."""
         async with self._changing:
             while len(self._groups) > self._router.wanted and not self._groups[-1].engine.streams:
                 group = self._groups.pop()
+                self._made_at.pop()
                 await group.end()
                 with contextlib.suppress(*CALL_ERRORS):
                     await group.ask(Coordinator.check_out, self._name)
@@ -153,7 +179,9 @@ class Groups:
         return await last.ask_within(timeout_s, question, *arguments, **named)
 
     async def readiness(self) -> Readiness:
-        return together([await group.readiness() for group in self._groups[: self._router.wanted]])
+        states = [await group.readiness() for group in self._groups[: self._wanted]]
+        waiting = Readiness(ready=False, reason="waits until others have started")
+        return together(states + [waiting] * (self._wanted - len(states)))
 
     @property
     def can_wait(self) -> bool:

@@ -5,6 +5,7 @@ json_text   decodes JSON, with an error in words
 bounds      limits of fields, which are checked before validation
 base        the base of the pydantic models below
 schema      the fields of every call; `parse` validates a body
+messages    those of the messages of a chat
 structured  those of structured output
 tools       those of tools and tool calls
 responses   those of /v1/responses

@@ -37,6 +37,7 @@ from elastic_moe.deploy.launch.local_ray import (
     check_gpu,
     check_port,
     check_shared_memory,
+    check_threads,
 )
 from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.deploy.launch.supervision import TRY_AGAIN, Phase
@@ -79,6 +80,7 @@ def serve(config: ServeConfig) -> int:
     check_gpu(config)
     if config.address is None:
         check_shared_memory()
+        check_threads(config.data_parallel_size * config.workers)
     directory = RunDirectory.create()
     return supervised(
         lambda report: _main(config, directory, report),
@@ -199,7 +201,8 @@ def _checked_model(config: ServeConfig) -> tuple[str, ModelInfo]:
             info = describe(model_dir)
             process.wait()
     check_limits(config, info)
-    check_groups(config, psutil.virtual_memory().total)
+    if config.address is None:
+        check_groups(config, cores=len(os.sched_getaffinity(0)), free_bytes=psutil.virtual_memory().available)
     if config.calibration is not None and config.address is None:
         from elastic_moe.optimizer.constants import load_constants
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import resource
 import secrets
 import shutil
 import socket
@@ -22,8 +24,10 @@ import psutil
 from elastic_moe.actors.forkserver.stages import command_of_others, may_fork
 from elastic_moe.actors.names import NAMESPACE
 from elastic_moe.cluster.config import ServeConfig
+from elastic_moe.cluster.decisions.limits import check_groups
 from elastic_moe.cluster.errors import ConfigError, UserError, why
 from elastic_moe.cluster.messages.epochs import ModelInfo
+from elastic_moe.cluster.nodes import CPU, MEMORY
 from elastic_moe.deploy.launch import ray_private
 from elastic_moe.deploy.launch.console import keep_ray_lines
 from elastic_moe.deploy.launch.haproxy import INSIDE, write_haproxy
@@ -49,6 +53,9 @@ _APPLICATION = "elastic_moe.deploy.launch.serve_app"
 """It imports what the API, the actors that compute nothing and Serve's own need."""
 LEAST_SHARED_BYTES = 16 << 20
 """Free shared memory without which a server does not start."""
+LEAST_THREADS, THREADS_OF_WORKER = 400, 50
+"""Processes and threads that a server has while it starts, apart from its workers, and of each worker: 426 and 470 were
+counted with one worker and with two."""
 GPU_DEVICES = ("nvidiactl", "nvidia0", "dxg", "kfd", "nvhost-gpu", "nvgpu")
 """Files of /dev by which programs reach GPUs: NVIDIA's, those of Windows' host, AMD's, and those of NVIDIA's boards."""
 DRAIN_ANSWER_S = 10.0
@@ -90,6 +97,7 @@ class ServerProcesses:
             ray_private.without_onlookers()
             ray_private.lengthen_waits(PATIENCE_S)
             ray_private.choose_agents_ports(free_port)
+            ray_private.watch_starts()
             ray_private.report_processes(self._started)
         self._connected = True
         common: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": logging.ERROR}
@@ -152,6 +160,7 @@ class ServerProcesses:
         from elastic_moe.deploy.launch.serve_app import application
 
         self._check_unused()
+        self._check_head()
         self._owns_app = True
         # the weights load while Serve starts; the API then finds the coordinator
         coordinators = start_groups(self._config, model_dir, alone=self.local, model=model)
@@ -185,6 +194,15 @@ class ServerProcesses:
             f"--address: a server runs on {self._config.address} already; end it, or what is left of it, with"
             " `serve shutdown` there"
         )
+
+    def _check_head(self) -> None:
+        """Raises ConfigError for more groups than the head of a joined cluster can carry. A cluster may have been told
+        that its head has no cores; then nothing is known of it."""
+        from elastic_moe.actors.remote import ray_nodes
+
+        head = None if self.local else next((node for node in ray_nodes.nodes() if node.head), None)
+        if head is not None and (cores := int(head.total.get(CPU, 0))):
+            check_groups(self._config, cores=cores, free_bytes=int(head.free.get(MEMORY, math.inf)))
 
     def drain(self, timeout_s: float) -> None:
         """Have all replicas refuse new requests, and wait for the running ones, at most `timeout_s`.
@@ -311,6 +329,33 @@ def check_shared_memory(path: str = "/dev/shm") -> None:
             f"{path}: a server needs {LEAST_SHARED_BYTES >> 20} MiB of shared memory, and {free >> 20} MiB are free;"
             " remove files there, or give a container more (docker run --shm-size=1g)"
         )
+
+
+def check_threads(workers: int) -> None:
+    """Raises UserError where `ulimit -u` leaves this user too few processes and threads: parts of Ray end at their
+    start then, and say nothing of it. Raises the soft limit to the hard one. The limit does not count for root.
+
+    workers: of all groups.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+    if hard == resource.RLIM_INFINITY or not os.geteuid():
+        return
+    needed = LEAST_THREADS + THREADS_OF_WORKER * workers
+    running = sum(_threads_of(process) for process in psutil.process_iter())
+    if hard < running + needed:
+        raise UserError(
+            f"ulimit -u: the hard limit of {hard} processes and threads is too low for this user, who has {running},"
+            f" while a server of {workers} workers needs {needed}; expected at least {running + needed}"
+        )
+
+
+def _threads_of(process: psutil.Process) -> int:
+    """Number of the process's threads if it is this user's."""
+    try:
+        return process.num_threads() if process.uids().real == os.getuid() else 0
+    except psutil.Error:
+        return 0
 
 
 def free_port() -> int:

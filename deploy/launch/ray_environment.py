@@ -13,7 +13,12 @@ from elastic_moe.deploy.launch.run_directory import RunDirectory
 
 PATIENCE_S = 600
 """Seconds that Ray and Serve wait for a part of themselves to start. Their defaults are 5 to 60 s, which a busy machine
-exceeds. A part that has died is noticed without this limit, by Ray, by Serve or by the supervisor."""
+exceeds. A part that has died is noticed without this limit: by Ray, by Serve, by the supervisor or, before it has
+registered, by its watcher (actors/forkserver/setup_worker.py)."""
+
+REGISTER_S = 180
+"""The same for a process of Ray's to register, which it does before it does anything else: 2 to 4 s of a core. One that
+ends before its watcher stands by is noticed by this limit alone, and keeps others from starting."""
 
 _PROXIES = {f"{kind}_proxy" for kind in ("http", "https", "ftp", "all", "grpc", "ws", "wss", "socks", "no")}
 _PROXIES.add("ray_grpc_enable_http_proxy")
@@ -52,7 +57,7 @@ def patience() -> dict[str, str]:
     return {
         # waits until a raylet, a worker and an agent have registered, and until GCS has written its port
         "RAY_raylet_start_wait_time_s": seconds,
-        "RAY_worker_register_timeout_seconds": seconds,
+        "RAY_worker_register_timeout_seconds": str(REGISTER_S),
         "RAY_agent_register_timeout_ms": milliseconds,
         "RAY_gcs_server_port_wait_time_s": seconds,
         # waits until GCS answers

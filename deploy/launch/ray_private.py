@@ -17,11 +17,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from elastic_moe.actors.forkserver import setup_worker
 from elastic_moe.cluster.peers import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,8 @@ def choose_agents_ports(free_port: Callable[[], int]) -> None:
 
 
 def with_agents_ports(start_raylet: Function, free_port: Callable[[], int]) -> Function:
+    # with its signature, as there are several replacements
+    @wraps(start_raylet)
     def start(*args: Any, **kwargs: Any) -> Any:
         from ray._raylet import persist_port  # type: ignore[attr-defined]
 
@@ -181,6 +184,24 @@ def with_agents_ports(start_raylet: Function, free_port: Callable[[], int]) -> F
         for name in AGENTS_PORTS:
             call.arguments[name] = port = call.arguments.get(name) or free_port()
             persist_port(call.arguments["session_dir"], call.arguments["node_id"], name, port)
+        return start_raylet(*call.args, **call.kwargs)
+
+    return start
+
+
+def watch_starts() -> None:
+    """Have a raylet run its processes by our scripts, which notice where one ends before it has registered."""
+    from ray._private import services
+
+    _replace(services, "start_raylet", with_our_scripts)
+
+
+def with_our_scripts(start_raylet: Function) -> Function:
+    @wraps(start_raylet)
+    def start(*args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(start_raylet).bind(*args, **kwargs)
+        for name, script in zip(("setup_worker_path", "worker_path"), setup_worker.SCRIPTS, strict=True):
+            call.arguments[name] = str(Path(setup_worker.__file__).with_name(script))
         return start_raylet(*call.args, **call.kwargs)
 
     return start
@@ -195,6 +216,7 @@ def report_processes(started: Started) -> None:
 
 
 def _reporting(start: Function, *, name: str, started: Started) -> Function:
+    @wraps(start)
     def start_and_report(*args: Any, **kwargs: Any) -> Any:
         info = start(*args, **kwargs)
         started(name, info.process.pid)

@@ -38,6 +38,7 @@ from elastic_moe.actors.coordinator.fleet import ON_HEAD
 from elastic_moe.actors.coordinator.start import start_groups, stop_cluster, stop_unused_clusters
 from elastic_moe.actors.description import describe
 from elastic_moe.actors.logs import LogSettings, set_up
+from elastic_moe.actors.names import COORDINATOR
 from elastic_moe.actors.remote import generations
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
@@ -48,7 +49,7 @@ from elastic_moe.cluster.decisions.limits import check_groups, check_limits
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.messages.views import Readiness
-from elastic_moe.cluster.redeploy import cluster_of, generation_of
+from elastic_moe.cluster.redeploy import cluster_of, generation_of, group_name
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.check_in import check_in
@@ -182,6 +183,7 @@ class Model:
         """Returns once the cluster can serve. Raises NotReadyError, with the reason, if it never can."""
         config = ServeConfig.from_mapping(settings)
         set_up("model", LogSettings.of(config))
+        self._generation, self._groups = generation_of(config, model_dir), config.data_parallel_size
         self._coordinators = await asyncio.to_thread(start, config, model_dir)
         # one that could not serve tries again
         for coordinator in self._coordinators:
@@ -192,7 +194,16 @@ class Model:
             await asyncio.sleep(READY_POLL_S)
 
     async def _readiness(self) -> Readiness:
+        await asyncio.to_thread(self._find_others)
         return together([await self._state(coordinator) for coordinator in self._coordinators])
+
+    def _find_others(self) -> None:
+        """Find the coordinators of the groups that have begun to start meanwhile. Blocks."""
+        for number in range(len(self._coordinators), self._groups):
+            coordinator = generations.find(group_name(self._generation, number), COORDINATOR)
+            if coordinator is None:
+                return
+            self._coordinators.append(coordinator)
 
     async def _state(self, coordinator: Remote[Coordinator]) -> Readiness:
         try:
@@ -218,7 +229,11 @@ def build_app(args: dict[str, Any]) -> Application:
     model_dir = config.model or str(MODEL_DIR)
     check_limits(config, describe(model_dir))
     # Serve runs this on the cluster's head, or on a machine of its own cluster
-    check_groups(dataclasses.replace(config, address="auto"), psutil.virtual_memory().total)
+    check_groups(
+        dataclasses.replace(config, address="auto"),
+        cores=len(os.sched_getaffinity(0)),
+        free_bytes=psutil.virtual_memory().available,
+    )
     with TokenizerProcess(model_dir, config.chat_template) as process:
         process.wait()
     return application(config, model_dir, redeployable=True)

@@ -54,7 +54,7 @@ def load_rows(load: npt.NDArray[np.number[Any]]) -> Section:
 def placement_sections(view: PlacementView) -> State:
     moves = [[move.layer, move.expert, move.source, move.target] for move in view.moves[:MAX_MOVES]]
     return {
-        "placement": {"epoch": view.epoch, "pinned": view.pinned},
+        "placement": {"epoch": view.epoch, "pinned": view.pinned, "pinned_by": view.pinned_by},
         "moves": {"list": moves, "count": len(view.moves)} if moves else {},
         **map_sections(view.placement),
     }

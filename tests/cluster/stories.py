@@ -100,6 +100,7 @@ def facts_of(members: Sequence[WorkerRecord] = (), ranks: Sequence[WorkerId] = (
             "next_epoch": Epoch(2 if ranks else 1),
             "planning": None,
             "pinned": False,
+            "pins": None,
             "target": settings.workers,
             "load": np.zeros((LAYERS, EXPERTS), dtype=np.int64),
             "retry_at": 0.0,

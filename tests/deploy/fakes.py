@@ -391,7 +391,12 @@ class FakeBackend:
         engine, counters, placement = await self._engine(), await self.counters(), await self.placement()
         self.looks += 1
         revision = Revision(
-            placement=(placement.epoch, placement.pinned, Epoch(len(placement.moves)) if placement.moves else None),
+            placement=(
+                placement.epoch,
+                placement.pinned,
+                placement.pinned_by,
+                Epoch(len(placement.moves)) if placement.moves else None,
+            ),
             load=(placement.epoch, self.looks // self.looks_per_report),
         )
         return ClusterView(

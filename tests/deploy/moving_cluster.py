@@ -50,6 +50,7 @@ class MovingCluster(FakeBackend):
     """Slots of every worker besides its share of experts."""
     epoch: int = 1
     pinned: bool = False
+    pinned_by: str | None = None
     dead: set[str] = field(default_factory=set)
     done: list[Operation] = field(default_factory=list)
     moves: tuple[Move, ...] = ()
@@ -108,7 +109,13 @@ class MovingCluster(FakeBackend):
         )
 
     async def placement(self) -> PlacementView:
-        return PlacementView(epoch=Epoch(self.epoch), placement=self.current, pinned=self.pinned, moves=self.moves)
+        return PlacementView(
+            epoch=Epoch(self.epoch),
+            placement=self.current,
+            pinned=self.pinned,
+            pinned_by=self.pinned_by,
+            moves=self.moves,
+        )
 
     async def routing(self) -> RoutingView:
         if self.drifts:
@@ -171,7 +178,7 @@ class MovingCluster(FakeBackend):
         self.done[0] = replace(self.done[0], phase=Phase.COMPLETED, progress=1.0)
 
     async def unpin(self) -> None:
-        self.pinned = False
+        self.pinned, self.pinned_by = False, None
 
     async def operations(self) -> list[Operation]:
         return list(self.done)

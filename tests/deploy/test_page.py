@@ -240,6 +240,12 @@ def test_dry_run_do_it_pin_and_scale(browser: Browser, model_dir: Path) -> None:
         assert backend.placed[1] is True
         tab.click("#pin")
         tab.wait("document.querySelector('#pin').innerText === 'Pin'")
+        # another one's operation brings a placement that it pins at its end
+        backend.pinned_by = "rebalance-7"
+        tab.wait("document.querySelector('#pin').innerText === 'Do not pin'")
+        assert "rebalance-7 brings a placement that will be pinned" in tab.text("#scale")
+        tab.click("#pin")
+        tab.wait("document.querySelector('#pin').innerText === 'Pin'")
         tab.js("document.querySelector('#retire-which').value = 'w2'")
         tab.click("#retire")
         tab.wait("document.querySelector('#outcome .operation b')?.innerText === 'scale'")

@@ -37,8 +37,10 @@ export class Actions {
     this.#state = state;
     this.#view = view;
     const pinned = Boolean(state.placement?.pinned);
-    setText(this.pin, pinned ? "Unpin" : "Pin");
-    this.pin.title = pinned ? "Periodic re-placement may change it again" : "Periodic re-placement leaves it alone";
+    // an operation under way pins the placement that it brings
+    const by = pinned ? null : state.placement?.pinned_by;
+    setText(this.pin, pinned ? "Unpin" : by ? "Do not pin" : "Pin");
+    this.pin.title = pinned ? "Periodic re-placement may change it again" : by ? `${by} goes on, and the placement that it brings is not pinned` : "Periodic re-placement leaves it alone";
     options(this.planner, state.planners?.list ?? []);
     options(this.worker, Object.values(state.workers ?? {}).filter((worker) => worker.state === "serving").map((worker) => worker.id));
     const s = state.scale;
@@ -49,7 +51,7 @@ export class Actions {
       this.#target = s.target;
       this.count.value = s.target;
     }
-    setText(byId("scale"), s ? `${number(s.serving)} serve, ${number(s.target)} wanted, ${number(s.min_workers)} to ${number(s.max_workers)} possible` + (s.autoscaler ? `; ${s.autoscaler}` : "") + (pinned ? "; the placement is pinned" : "") : "");
+    setText(byId("scale"), s ? `${number(s.serving)} serve, ${number(s.target)} wanted, ${number(s.min_workers)} to ${number(s.max_workers)} possible` + (s.autoscaler ? `; ${s.autoscaler}` : "") + (pinned ? "; the placement is pinned" : by ? `; ${by} brings a placement that will be pinned` : "") : "");
     this.#follow();
   }
 
@@ -81,10 +83,11 @@ export class Actions {
   }
 
   async #pin() {
-    if (this.#state.placement?.pinned) {
+    const { pinned, pinned_by: by } = this.#state.placement ?? {};
+    if (pinned || by) {
       await this.#do(async () => {
         await call("admin/placement/pin", { method: "DELETE" });
-        this.#say("Unpinned.");
+        this.#say(pinned ? "Unpinned." : `${by} goes on, and pins nothing.`);
       });
       return;
     }

@@ -66,6 +66,8 @@ class Node:
 
     def serve(self, idle_s: float = 60) -> subprocess.Popen[str]:
         """Start a server that imports nothing, and wait until it listens."""
+        # of one that was killed
+        self.path.unlink(missing_ok=True)
         process = self._start(command_of(bare_server, str(self.path), str(idle_s)))
         wait(self.path.exists)
         return process

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import json
 import os
 import signal
 import socket
@@ -22,6 +24,7 @@ from elastic_moe.actors.forkserver.launcher import Refused
 from elastic_moe.actors.forkserver.origin import origin
 from elastic_moe.actors.forkserver.request import Answer, Stage, peer_of, receive_request, send
 from elastic_moe.actors.forkserver.stages import MODEL, command_of_models
+from elastic_moe.cluster import interpreter
 from tests.actors.forkserver.harness import SCRIPT, Node, gone, node, read, wait
 
 
@@ -78,6 +81,20 @@ def test_forks_outlive_their_server(a_node: Node, tmp_path: Path) -> None:
     assert read(tmp_path / "other")[1]["pid"] == other
     for left in (pid, other):
         os.kill(left, signal.SIGKILL)
+
+
+def test_a_server_has_the_environment_that_requests_tell(a_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """readline, which pytest imports where it runs tests in its own process, sets COLUMNS and LINES past Python."""
+    ctypes.CDLL(None).setenv(b"EMOE_SET_BY_C", b"1", 1)
+    try:
+        seen = a_node.directory / "environment"
+        script = f"import json, os; open({str(seen)!r}, 'w').write(json.dumps(dict(os.environ)))"
+        monkeypatch.setattr(interpreter, "command_of", lambda *_: [sys.executable, "-c", script])
+        with socket.socket(socket.AF_UNIX) as listener:
+            launcher._spawn([(listener, str(a_node.path), MODEL)])
+        assert json.loads(seen.read_text()).keys() - {"LC_CTYPE"} == os.environ.keys() - {"LC_CTYPE"}
+    finally:
+        ctypes.CDLL(None).unsetenv(b"EMOE_SET_BY_C")
 
 
 @pytest.mark.parametrize("ends", ["its raylet has ended", "it has no forks"])

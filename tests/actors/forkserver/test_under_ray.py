@@ -46,3 +46,20 @@ def test_two_sessions_side_by_side_in_which_everything_dies() -> None:
         servers |= {first[0]["parent"], second[0]["parent"]}
     assert len(servers) == 4
     assert all(gone(server) for server in servers)
+
+
+@pytest.mark.timeout(200)
+def test_what_is_killed_before_it_registers_is_started_again() -> None:
+    """In each of the ways in which a process starts, both are killed that this Ray starts at a time."""
+    with tempfile.TemporaryDirectory(prefix="fork-") as directory:
+        driver = subprocess.run(
+            [sys.executable, "-m", "tests.actors.forkserver.early_deaths", directory],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=190,
+            check=True,
+        )
+    seen = json.loads(driver.stdout.strip().splitlines()[-1])
+    # killed, and actors that answer
+    assert seen == {"plain": [2, 6], "preparing": [2, 2], "forked": [2, 2], "watchers": 0}

@@ -1,5 +1,6 @@
 """Workers that leave."""
 
+import numpy as np
 import pytest
 
 from elastic_moe.cluster.control.draining import FLIP_S, Draining, drained, leaving
@@ -10,9 +11,11 @@ from elastic_moe.cluster.facts.events import (
     NodesDrain,
     PlaceRequested,
     Prepare,
+    RebalanceRequested,
     ScaleRequested,
     StartWorker,
     StopWorker,
+    SubjectChanged,
     Tick,
     Transfer,
     WorkerLost,
@@ -20,7 +23,7 @@ from elastic_moe.cluster.facts.events import (
 from elastic_moe.cluster.facts.facts import Cause, Change, Facts, Outage, Stage
 from elastic_moe.cluster.facts.transfers import Transfers
 from elastic_moe.cluster.messages.views import OperationKind, Phase, WorkerState
-from tests.cluster.simulation import info, shuffled
+from tests.cluster.simulation import EXPERTS, LAYERS, info, shuffled
 from tests.cluster.stories import IDLE, W0, W1, W2, facts_of, member, newest, placement_of, sent, serving, spec_of
 
 
@@ -138,14 +141,44 @@ def test_a_worker_that_has_no_part_yet_ends_at_once_and_another_is_started_elsew
     assert (W1 in sim.facts.ranks, len(sim.facts.ranks)) == (False, 3)
 
 
-def test_a_re_placement_gives_way_to_a_node_that_leaves() -> None:
+@pytest.mark.parametrize("stage", [Stage.PLANNING, Stage.TRANSFERRING, Stage.PREPARING])
+def test_a_re_placement_gives_way_to_a_node_that_leaves_and_is_begun_again(stage: Stage) -> None:
+    sim = serving(3, nodes=True)
+    sim.feed(RebalanceRequested(planner="round_robin"))
+    asked = newest(sim).operation_id
+    while stage is not Stage.PLANNING and (sim.facts.change is None or sim.facts.change.stage is not stage):
+        sim.finish(0)
+    sim.feed(NodesDrain(nodes={"n2": 30.0}))
+    sim.feed(Tick())
+    # nothing keeps the experts of the leaving node waiting
+    assert sim.facts.change is None or sim.facts.change.kind is OperationKind.SCALE
+    sim.settle()
+    assert W2 not in sim.facts.ranks
+    operation = sim.state.operations.get(asked)
+    assert operation is not None
+    assert (operation.phase, operation.error) == (Phase.COMPLETED, None)
+    assert sim.state.counters.rebalances["failed"] == 0
+
+
+def test_a_given_placement_cannot_outlive_a_worker_that_it_names() -> None:
     sim = serving(3, nodes=True)
     sim.feed(PlaceRequested(placement=shuffled(sim.facts.spec.placement, sim.rng)))  # type: ignore[union-attr]
     sim.feed(NodesDrain(nodes={"n2": 30.0}))
-    failed = [op.error for op in sim.state.operations.all() if op.phase is Phase.FAILED]
-    assert failed == ["the node of w2 leaves, in 30 s"]
     sim.settle()
     assert W2 not in sim.facts.ranks
+    (failed,) = (op.error for op in sim.state.operations.all() if op.phase is Phase.FAILED)
+    assert failed is not None
+    assert failed.startswith("placement: workers must be")
+
+
+def test_a_look_that_nobody_asked_for_ends_for_a_node_that_leaves() -> None:
+    sim = serving(3, nodes=True, interval_s=600.0)
+    sim.count(np.ones((LAYERS, EXPERTS), dtype=np.int64))
+    sim.feed(SubjectChanged(first=True))
+    asked = newest(sim)
+    assert asked.kind is OperationKind.REBALANCE
+    sim.feed(NodesDrain(nodes={"n2": 30.0}))
+    assert sim.state.operations.get(asked.operation_id).phase is Phase.FAILED  # type: ignore[union-attr]
 
 
 def test_a_coordinator_that_was_restarted_hears_the_end_again() -> None:

@@ -15,13 +15,28 @@ from tests.cluster.simulation import MODEL
 @pytest.mark.parametrize(("address", "most"), [(None, 12), ("auto", 20)])
 def test_more_groups_than_the_memory_holds_are_refused(address: str | None, most: int) -> None:
     """On one machine the two workers of each group count too."""
-    check_groups(ServeConfig(address=address, data_parallel_size=most), 6_000_000_000)
-    with pytest.raises(ConfigError, match=f"data_parallel_size: expected at most {most}, got {most + 1}: .* 6 GB"):
-        check_groups(ServeConfig(address=address, data_parallel_size=most + 1), 6_000_000_000)
+    check_groups(ServeConfig(address=address, data_parallel_size=most), cores=8, free_bytes=6_000_000_000)
+    with pytest.raises(ConfigError, match=f"data_parallel_size: expected at most {most}, got {most + 1}: .* 6.0 GB"):
+        check_groups(ServeConfig(address=address, data_parallel_size=most + 1), cores=8, free_bytes=6_000_000_000)
+
+
+@pytest.mark.parametrize(("address", "where"), [(None, "this machine"), ("auto", "the head of the cluster")])
+def test_more_groups_than_the_cores_carry_are_refused(address: str | None, where: str) -> None:
+    """Fifty were accepted on two cores, where nothing moved any more."""
+    check_groups(ServeConfig(address=address, data_parallel_size=8), cores=2, free_bytes=10**12)
+    with pytest.raises(ConfigError, match=f"data_parallel_size: expected at most 8, got 50: {where} has 2 cores"):
+        check_groups(ServeConfig(address=address, data_parallel_size=50), cores=2, free_bytes=10**12)
+
+
+def test_groups_that_run_already_need_no_free_memory() -> None:
+    check_groups(ServeConfig(data_parallel_size=3), cores=8, free_bytes=500_000_000, present=2)
+    check_groups(ServeConfig(data_parallel_size=2), cores=8, free_bytes=0, present=2)
+    with pytest.raises(ConfigError, match=r"expected at most 3, got 4: .* beside the 2 groups that run"):
+        check_groups(ServeConfig(data_parallel_size=4), cores=8, free_bytes=500_000_000, present=2)
 
 
 def test_one_group_is_always_allowed() -> None:
-    check_groups(ServeConfig(), 100)
+    check_groups(ServeConfig(), cores=1, free_bytes=100)
 
 
 def test_a_cache_without_room_for_one_request_is_refused() -> None:

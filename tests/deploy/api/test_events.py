@@ -96,7 +96,7 @@ def test_what_the_page_has_is_not_asked_for_again(model_dir: Path) -> None:
         backend.swap()
         while "map" not in event["state"]:
             _, event = decoded(await anext(stream))
-        while backend.known[-1].placement != (Epoch(2), False, None):
+        while backend.known[-1].placement != (Epoch(2), False, None, None):
             await anext(stream)
         await stream.aclose()
 

@@ -43,6 +43,10 @@ class Cluster:
         self.number = number
         self.fails = 0
         """Number of times that coordinators cannot be made."""
+        self.room = 100
+        """Number of groups that may start at a time."""
+        self.loading: str | None = None
+        """Why new groups do not serve yet."""
         self.left: list[int] = []
         """Arguments of `leave`."""
         self.find(number)
@@ -63,6 +67,10 @@ class Cluster:
             if group == len(self.engines):
                 self.engines.append(Engine())
                 self.coordinators.append(Coordinator(self.engines[group]))
+                self.coordinators[group].reason = self.loading
+
+    def at_once(self) -> int:
+        return self.room
 
     def leave(self, number: int) -> None:
         self.left.append(number)
@@ -280,7 +288,7 @@ def test_requests_of_a_retired_group_go_on_in_others_and_then_it_is_left(monkeyp
         await until(lambda: len(cluster.names()[0]) == 2)
         cluster.fails = 2
         await backend.resize(3)
-        assert (backend.num_groups, backend.wanted_groups) == (1, 1)
+        assert (backend.num_groups, backend.wanted_groups) == (1, 3)
         await until(lambda: (backend.num_groups, backend.wanted_groups) == (3, 3))
         await cluster.serves()
         answers = [cluster.ask(name) for name in "cdef"]
@@ -298,6 +306,32 @@ def test_requests_of_a_retired_group_go_on_in_others_and_then_it_is_left(monkeyp
         assert set(cluster.engines[1].aborted) == {request.request_id for request in cluster.engines[1].submitted}
         release(cluster.engines[0], 200)
         assert await asyncio.gather(*alone, *answers) == [EXPECTED] * 6
+
+    run(scenario, number=1)
+
+
+def test_groups_start_as_few_at_a_time_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty on two cores started together, and none served for minutes."""
+    monkeypatch.setattr(groups, "LOOK_S", 0.005)
+
+    async def scenario(cluster: Cluster) -> None:
+        backend = cluster.backend
+        cluster.room, cluster.loading = 2, "loading"
+        await backend.resize(5)
+        await asyncio.sleep(0.05)
+        assert (backend.num_groups, backend.wanted_groups) == (3, 5)
+        state = await backend.readiness()
+        assert state.ready
+        assert "with 1 of 5 groups" in state.reason
+        assert "group 4: waits until others have started" in state.reason
+        # one that serves makes room for another
+        cluster.coordinators[1].reason = None
+        await until(lambda: backend.num_groups == 4)
+        await asyncio.sleep(0.05)
+        assert backend.num_groups == 4
+        # one that has waited for long does too: it may wait for a node
+        monkeypatch.setattr(groups, "START_S", 0.0)
+        await until(lambda: backend.num_groups == 5)
 
     run(scenario, number=1)
 

@@ -85,6 +85,10 @@ def test_what_starts_a_process_returns_it(function: str) -> None:
         ("_private/node.py", r"self\._webui_url\b"),
         ("_private/worker.py", r"partial\(print_to_stdstream\b"),
         ("_private/worker.py", r"\bworker\.gcs_client = "),
+        ("_private/services.py", r"start_worker_command = \(\s+\[\s+sys\.executable,\s+setup_worker_path,\s+\]"),
+        ("_private/services.py", r"\+ \[\s+worker_path,"),
+        ("_private/workers/setup_worker.py", r"\.exec_worker\("),
+        ("_private/workers/default_worker.py", r"ray\._private\.worker\.connect\("),
         ("_private/worker.py", r"\b_temp_dir: .* = "),
         ("serve/_private/api.py", r"\btimeout=HTTP_PROXY_TIMEOUT\b"),
         ("serve/_private/client.py", r"\btimeout=HTTP_PROXY_TIMEOUT\b"),
@@ -260,3 +264,23 @@ def test_no_other_file_uses_what_is_private() -> None:
 )
 def test_private_uses_are_seen(source: str) -> None:
     assert list(private_uses(ast.parse(source)))
+
+
+def test_replacements_of_one_function_add_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The second one set arguments that the first one did not pass on, in silence."""
+    seen: dict[str, str] = {}
+
+    def start_raylet(session_dir: str, node_id: str, worker_path: str, setup_worker_path: str, **_: Any) -> None:
+        seen.update(worker=worker_path, setup=setup_worker_path)
+
+    monkeypatch.setattr(import_module("ray._raylet"), "persist_port", lambda *_: None)
+    start = ray_private._reporting(
+        ray_private.with_our_scripts(ray_private.with_agents_ports(start_raylet, free_port)),
+        name="raylet",
+        started=lambda *_: None,
+    )
+    with pytest.raises(AttributeError):
+        # what stands for Ray's function starts no process
+        start(str(tmp_path), "n", "worker", setup_worker_path="setup")
+    assert [Path(path).name for path in seen.values()] == ["default_worker.py", "setup_worker.py"]
+    assert all("forkserver" in path for path in seen.values())

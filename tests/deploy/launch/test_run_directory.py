@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import shutil
 import socket
 import stat
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.cluster.errors import UserError
-from elastic_moe.deploy.launch.local_ray import check_shared_memory
+from elastic_moe.deploy.launch.local_ray import check_shared_memory, check_threads
 from elastic_moe.deploy.launch.run_directory import LONGEST_BYTES, RunDirectory
 
 
@@ -84,6 +85,25 @@ def test_full_shared_memory_is_reported_before_anything_starts(monkeypatch: pyte
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(UserError, match="16 MiB of shared memory, and 1 MiB are free"):
         check_shared_memory(str(tmp_path))
+
+
+def test_a_low_limit_of_processes_is_reported_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three starts were tried, in half a minute, and the error was that Ray's GCS had ended."""
+    limits = [(100, 500)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    # and what this user runs
+    with pytest.raises(
+        UserError, match=r"ulimit -u: the hard limit of 500 .* of 2 workers needs 500; expected at least"
+    ):
+        check_threads(2)
+    assert limits[-1] == (500, 500)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    check_threads(2)
+    limits.append((100, resource.RLIM_INFINITY))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    check_threads(2)
 
 
 def test_without_any_parent_the_error_names_the_setting() -> None:

@@ -1,0 +1,194 @@
+"""The script that a raylet of our own runs for each of its processes, in place of Ray's two scripts for them.
+
+A raylet waits for the process that it has started until that process registers, and does not see that it has ended: it
+waits for as long as the slowest machine needs, and starts nothing else meanwhile. So a second process, the watcher,
+stands by until the first one has registered. If that one ends before, the watcher takes its place: it runs the same
+script with the same arguments, which name the worker that the raylet expects.
+
+A raylet starts a process in one of two ways, and both begin here, the second by default_worker.py:
+
+    setup_worker.py default_worker.py ...    Ray prepares an environment, and then runs `py_executable` (launcher.py)
+    default_worker.py ...                    the worker itself
+
+The raylet finds the first script by its name, and leaves it out where there is nothing to prepare, so each of ours has
+the name of Ray's. Before the watcher stands by, nothing is imported that Python has not imported for itself: what ends
+earlier, within the 20 ms in which an idle machine starts Python, is noticed by the raylet's time limit alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+    from typing import Any
+
+SCRIPTS = ("setup_worker.py", "default_worker.py")
+TRIES = 3
+"""Times that a watcher takes the place of a process: what ends again and again, ends for a reason that stays."""
+PAUSE_S = 0.5
+"""Seconds before the first of them. Each further one doubles them."""
+NAME = "emoe-watcher"
+_VARIABLE = "EMOE_WATCHER"
+"""Has the descriptor by which a watcher is told that it may end."""
+_TOLD = b"."
+
+
+def main(name: str) -> None:
+    """Run Ray's script of this name, with a watcher beside it."""
+    tell = stand_by(os.environ)
+    if tell is not None and name == SCRIPTS[0]:
+        # another program goes on in this process, or has another process go on
+        os.set_inheritable(tell, True)
+        os.environ[_VARIABLE] = str(tell)
+    elif tell is not None:
+        _tell_when_connected(tell)
+    import runpy
+
+    script = os.path.join(_scripts(), name)
+    # where Ray's script would look first for modules
+    sys.path[0] = os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")
+
+
+def _tell_when_connected(tell: int) -> None:
+    from ray._private import worker
+
+    connect = worker.connect
+
+    def connect_and_tell(*args: Any, **kwargs: Any) -> Any:
+        connected = connect(*args, **kwargs)
+        _say(tell)
+        return connected
+
+    worker.connect = connect_and_tell
+
+
+def _scripts() -> str:
+    """The folder of Ray's own scripts. Ray is not imported for that."""
+    from importlib.util import find_spec
+
+    spec = find_spec("ray")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return os.path.join(next(iter(spec.submodule_search_locations)), "_private", "workers")
+
+
+def stand_by(environment: MutableMapping[str, str]) -> int | None:
+    """Leave a watcher of this process behind. Returns in the process that is to run the script: at once in this one,
+    and in the watcher if it takes the place of this one.
+
+    Returns the descriptor by which the watcher is told that it may end, or None where there is none.
+    """
+    raylet = environment.get("RAY_RAYLET_PID", "")
+    if sys.platform != "linux" or not raylet.isdigit():
+        return None
+    for attempt in range(TRIES):
+        told, tell = os.pipe()
+        watched = -1
+        try:
+            watched = os.pidfd_open(os.getpid())
+            watches = _forked()
+        except OSError:
+            # without memory or processes for a watcher, the worker starts alone, or with the watcher that it has
+            for descriptor in {told, tell, watched} - {-1}:
+                os.close(descriptor)
+            known = environment.pop(_VARIABLE, None)
+            return None if known is None else int(known)
+        if not watches:
+            os.close(told)
+            os.close(watched)
+            dismiss(environment)
+            return tell
+        os.close(tell)
+        environment.pop(_VARIABLE, None)
+        with open("/proc/self/comm", "w") as file:
+            file.write(NAME)
+        if not _ends_early(watched, told, int(raylet)):
+            os._exit(0)
+        sys.stderr.write(f"a process of Ray's has ended before it registered; it is started again ({attempt + 1})\n")
+        sys.stderr.flush()
+        import time
+
+        time.sleep(PAUSE_S * 2.0**attempt)
+    return None
+
+
+def dismiss(environment: MutableMapping[str, str]) -> None:
+    """End the watcher of a process whose work another one does now, and which has a watcher of its own."""
+    if (descriptor := environment.pop(_VARIABLE, "")).isdigit():
+        _say(int(descriptor))
+
+
+def _say(descriptor: int) -> None:
+    try:
+        os.write(descriptor, _TOLD)
+        os.close(descriptor)
+    except OSError:
+        # the watcher has ended
+        pass
+
+
+class WatchedApart:
+    """Meanwhile nothing that this process starts, or hands its environment to, knows of its watcher."""
+
+    def __init__(self, environment: MutableMapping[str, str]) -> None:
+        self._environment = environment
+        self._descriptor: str | None = None
+
+    def __enter__(self) -> None:
+        self._descriptor = self._environment.pop(_VARIABLE, None)
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            self._environment[_VARIABLE] = self._descriptor
+
+
+def _forked() -> bool:
+    """Fork. Returns whether this is the new process, which is nobody's child: a worker need not reap it."""
+    between = os.fork()
+    if between:
+        os.waitpid(between, 0)
+        return False
+    try:
+        if os.fork():
+            os._exit(0)
+    except OSError:
+        os._exit(1)
+    return True
+
+
+def _ends_early(watched: int, told: int, raylet: int) -> bool:
+    """Wait until the process says that it has registered or that another one goes on, or has ended, or the raylet has.
+    Returns whether the process has ended before. Closes the descriptors."""
+    import select
+
+    try:
+        parent = os.pidfd_open(raylet)
+    except OSError:
+        return False
+    poll = select.poll()
+    poll.register(watched, select.POLLIN)
+    poll.register(parent, select.POLLIN)
+    poll.register(told, select.POLLIN)
+    try:
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if told in ready and os.read(told, len(_TOLD)):
+                return False
+            if parent in ready:
+                return False
+            if watched in ready:
+                return True
+            # nobody is left who could say it
+            poll.unregister(told)
+    finally:
+        for descriptor in (watched, told, parent):
+            os.close(descriptor)
+
+
+if __name__ == "__main__":
+    # given by default_worker.py
+    main(globals().get("SCRIPT", SCRIPTS[0]))

@@ -1,0 +1,124 @@
+"""A driver of Ray that kills processes of actors before they register, run as a process of its own.
+
+Prints a line of JSON for the test. Takes a directory for Ray's files, short enough for sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from elastic_moe.actors.forkserver import setup_worker
+from elastic_moe.actors.forkserver.request import NAME
+from elastic_moe.actors.forkserver.stages import command_of_models
+from elastic_moe.deploy.launch import ray_private
+from tests.actors.forkserver.harness import wait
+
+AGE_S = 0.1
+"""Age at which a process is killed: Python has started, and what Ray imports takes longer."""
+
+
+class Actor:
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def raylet() -> psutil.Process:
+    (found,) = (child for child in psutil.Process().children(recursive=True) if child.name() == "raylet")
+    return found
+
+
+def starting() -> list[psutil.Process]:
+    """The raylet's children that have not registered, apart from its agents, which rename themselves like workers."""
+    return [child for child in raylet().children() if b"--worker-id" in command_line(child)]
+
+
+def forks() -> list[psutil.Process]:
+    """The fork server's children that have not registered."""
+    children = [child for server in ours(NAME) for child in server.children()]
+    return [child for child in children if not command_line(child).startswith(b"ray::")]
+
+
+def command_line(process: psutil.Process) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    return b"ray::"
+
+
+def ours(name: str = "") -> Iterator[psutil.Process]:
+    """Processes of this raylet that have this name, or any, whoever their parent is."""
+    number = str(raylet().pid)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RAY_RAYLET_PID") == number and name in ("", process.name()):
+                yield process
+
+
+def killing(find: Callable[[], list[psutil.Process]], number: int) -> int:
+    """Kill so many processes soon after they have begun. Returns how many died."""
+    killed, first_seen = set[psutil.Process](), dict[psutil.Process, float]()
+    deadline = time.monotonic() + 20
+    while len(killed) < number and time.monotonic() < deadline:
+        for process in find():
+            age_s = time.monotonic() - first_seen.setdefault(process, time.monotonic())
+            if process not in killed and age_s > AGE_S:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    killed.add(process)
+        time.sleep(0.01)
+    return len(killed)
+
+
+def start(number: int, **options: Any) -> list[Any]:
+    made: Any = ray.remote(Actor)
+    return [made.options(num_cpus=0, **options).remote() for _ in range(number)]
+
+
+def answers(actors: list[Any]) -> int:
+    """Number of actors that answer before long."""
+    ready, _ = ray.wait([actor.pid.remote() for actor in actors], num_returns=len(actors), timeout=20)
+    return len(set(ray.get(ready)))
+
+
+def main() -> None:
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_register_timeout_seconds": "600"}
+    ray_private.watch_starts()
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        num_cpus=2,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=sys.argv[1],
+    )
+    wait(lambda: not starting())
+    seen: dict[str, Any] = {}
+    # more than the idle processes that Ray keeps; without help, two that are lost keep all others from starting
+    actors = start(6)
+    seen["plain"] = (killing(starting, 2), answers(actors))
+    forked = {"runtime_env": {"py_executable": command_of_models()}}
+    actors = start(2, **forked)
+    seen["preparing"] = (killing(starting, 2), answers(actors))
+    actors = start(2, **forked)
+    seen["forked"] = (killing(forks, 2), answers(actors))
+    time.sleep(1)
+    seen["watchers"] = len(list(ours(setup_worker.NAME)))
+    sys.stdout.write(json.dumps(seen) + "\n")
+    sys.stdout.flush()
+    for process in [*ours(), *psutil.Process().children(recursive=True)]:
+        process.kill()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
