@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from elastic_moe.deploy.launch import ray_private
 from tests.actors.forkserver.harness import wait
 
 AGE_S = 0.1
-"""Age at which a process is killed: Python has started, and what Ray imports takes longer."""
+"""Age at which a process is killed: Python has started, and what Ray imports takes longer. Forks have imported all, and
+are killed as soon as they are seen."""
 
 
 class Actor:
@@ -45,8 +47,14 @@ def starting() -> list[psutil.Process]:
 
 def forks() -> list[psutil.Process]:
     """The fork server's children that have not registered."""
-    children = [child for server in ours(NAME) for child in server.children()]
+    children = [child for server in servers() for child in server.children()]
     return [child for child in children if not command_line(child).startswith(b"ray::")]
+
+
+@cache
+def servers() -> list[psutil.Process]:
+    """The fork servers, which stay."""
+    return list(ours(NAME))
 
 
 def command_line(process: psutil.Process) -> bytes:
@@ -64,14 +72,14 @@ def ours(name: str = "") -> Iterator[psutil.Process]:
                 yield process
 
 
-def killing(find: Callable[[], list[psutil.Process]], number: int) -> int:
+def killing(find: Callable[[], list[psutil.Process]], number: int, age_s: float = AGE_S) -> int:
     """Kill so many processes soon after they have begun. Returns how many died."""
     killed, first_seen = set[psutil.Process](), dict[psutil.Process, float]()
     deadline = time.monotonic() + 20
     while len(killed) < number and time.monotonic() < deadline:
         for process in find():
-            age_s = time.monotonic() - first_seen.setdefault(process, time.monotonic())
-            if process not in killed and age_s > AGE_S:
+            age = time.monotonic() - first_seen.setdefault(process, time.monotonic())
+            if process not in killed and age >= age_s:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
                     killed.add(process)
@@ -110,7 +118,7 @@ def main() -> None:
     actors = start(2, **forked)
     seen["preparing"] = (killing(starting, 2), answers(actors))
     actors = start(2, **forked)
-    seen["forked"] = (killing(forks, 2), answers(actors))
+    seen["forked"] = (killing(forks, 2, age_s=0), answers(actors))
     time.sleep(1)
     seen["watchers"] = len(list(ours(setup_worker.NAME)))
     sys.stdout.write(json.dumps(seen) + "\n")
