@@ -50,6 +50,15 @@ inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float maximum(Floats a) { return _mm512_reduce_max_ps(a); }
+// The largest of both without their signs. It is infinite or not a number if one of them is.
+inline float largest_size(Floats a, Floats b) {
+    const __m512i size = _mm512_set1_epi32(0x7fffffff);
+    const __m512i bits = _mm512_max_epi32(_mm512_and_si512((__m512i)a, size), _mm512_and_si512((__m512i)b, size));
+    const int32_t largest = _mm512_reduce_max_epi32(bits); // floats without a sign are ordered as their bits are
+    float out;
+    std::memcpy(&out, &largest, 4);
+    return out;
+}
 inline Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats times_power_of_2(Floats a, Floats whole) { return _mm512_scalef_ps(a, whole); }
 inline Lanes differ(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
@@ -104,19 +113,31 @@ inline void store_nearest(int16_t* to, Floats value, Lanes lanes) {
 }
 inline Integers load_integers(const void* from) { return _mm512_loadu_si512(from); }
 inline void store_integers(void* to, Integers value) { _mm512_storeu_si512(to, value); }
-// Four bits of each 16-bit integer, from bit `first` on.
-inline Integers four_bits(Integers words, int first) {
-    return _mm512_and_si512(_mm512_srli_epi16(words, first), _mm512_set1_epi16(15));
-}
+// Of each byte, the lower or the upper four bits.
+inline Integers low_halves(Integers bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+inline Integers high_halves(Integers bytes) { return low_halves(_mm512_srli_epi16(bytes, 4)); }
 inline Integers load_table(const int8_t* from) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from)); }
-// The bytes of a table of 16, without a sign, at 16-bit integers below 16.
-inline Integers at(Integers table, Integers where) {
-    return _mm512_shuffle_epi8(table, _mm512_or_si512(where, _mm512_set1_epi16(int16_t(0x8000))));
+// The bytes of a table of 16 at bytes below 16.
+inline Integers at(Integers table, Integers where) { return _mm512_shuffle_epi8(table, where); }
+// Sums of products of bytes, one without a sign and one with: four steps of K at a time. They hold any number of products.
+using ByteSums = IntegerSums;
+constexpr bool kSmallByteSums = false;
+inline ByteSums no_bytes() { return no_integers(); }
+inline ByteSums dot_bytes(ByteSums so_far, Integers codes, Integers bytes) {
+    return (ByteSums)_mm512_dpbusd_epi32((__m512i)so_far, codes, bytes);
 }
-inline Integers minus16(Integers a, Integers b) { return _mm512_sub_epi16(a, b); }
-inline Integers twice16(Integers a) { return _mm512_or_si512(a, _mm512_slli_epi32(a, 16)); }
+inline IntegerSums to_integers(ByteSums sums) { return sums; }
+inline IntegerSums plus(IntegerSums a, IntegerSums b) { return (IntegerSums)_mm512_add_epi32((__m512i)a, (__m512i)b); }
+// The nearest integers of 16 numbers from -127 to 127. Of each 8, those of the places 0, 4, 1, 5, 2, 6, 3, 7.
+inline void store_eights(int8_t* to, Floats value) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)), order));
+}
 inline Integers load_words(const uint16_t* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
-inline Integers shifted_right(Integers a, int by) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+// Four bits of each 32-bit integer, from bit `first` on.
+inline Integers four_bits(Integers words, int first) {
+    return _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(first)), _mm512_set1_epi32(15));
+}
 inline Register load_bf16(const uint16_t* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_words(from), 16)); }
 inline Register load_f16(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
 inline Register to_register(IntegerSums a) { return _mm512_cvtepi32_ps((__m512i)a); }
@@ -162,6 +183,15 @@ inline float maximum(Floats a) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+inline float largest_size(Floats a, Floats b) {
+    const __m256i size = _mm256_set1_epi32(0x7fffffff);
+    const auto bits = [&](__m256 value) { return _mm256_and_si256(_mm256_castps_si256(value), size); };
+    const __m256i eight = _mm256_max_epi32(_mm256_max_epi32(bits(a.low), bits(a.high)), _mm256_max_epi32(bits(b.low), bits(b.high)));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(four));
 }
 inline Floats nearest(Floats a) {
     constexpr int kHow = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -285,17 +315,41 @@ inline void store_nearest(int16_t* to, Floats value, Lanes lanes) {
 }
 inline Integers load_integers(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline void store_integers(void* to, Integers value) { _mm256_storeu_si256((__m256i*)to, value); }
-inline Integers four_bits(Integers words, int first) {
-    return _mm256_and_si256(_mm256_srli_epi16(words, first), _mm256_set1_epi16(15));
-}
+inline Integers low_halves(Integers bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+inline Integers high_halves(Integers bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
 inline Integers load_table(const int8_t* from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from)); }
-inline Integers at(Integers table, Integers where) {
-    return _mm256_shuffle_epi8(table, _mm256_or_si256(where, _mm256_set1_epi16(int16_t(0x8000))));
+inline Integers at(Integers table, Integers where) { return _mm256_shuffle_epi8(table, where); }
+// Sums in 16 bits, unless the CPU has the instruction: of 32 steps of K with codes up to 15, or of 16 with codes up to 24.
+using ByteSums = __m256i;
+inline ByteSums no_bytes() { return _mm256_setzero_si256(); }
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+constexpr bool kSmallByteSums = false;
+inline ByteSums dot_bytes(ByteSums so_far, Integers codes, Integers bytes) { return _mm256_dpbusd_epi32(so_far, codes, bytes); }
+inline IntegerSums to_integers(ByteSums sums) { return sums; }
+#elif defined(__AVXVNNI__)
+constexpr bool kSmallByteSums = false;
+inline ByteSums dot_bytes(ByteSums so_far, Integers codes, Integers bytes) { return _mm256_dpbusd_avx_epi32(so_far, codes, bytes); }
+inline IntegerSums to_integers(ByteSums sums) { return sums; }
+#else
+constexpr bool kSmallByteSums = true;
+inline ByteSums dot_bytes(ByteSums so_far, Integers codes, Integers bytes) {
+    return _mm256_add_epi16(so_far, _mm256_maddubs_epi16(codes, bytes));
 }
-inline Integers minus16(Integers a, Integers b) { return _mm256_sub_epi16(a, b); }
-inline Integers twice16(Integers a) { return _mm256_or_si256(a, _mm256_slli_epi32(a, 16)); }
+inline IntegerSums to_integers(ByteSums sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+#endif
+inline IntegerSums plus(IntegerSums a, IntegerSums b) { return _mm256_add_epi32(a, b); }
+inline void store_eights(int8_t* to, Floats value) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    // of each half of the registers: 4 of low and then 4 of high
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(value.low), _mm256_cvtps_epi32(value.high));
+    const __m256i even = _mm256_permute4x64_epi64(words, 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(even), _mm256_extracti128_si256(even, 1));
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(bytes, order));
+}
 inline Integers load_words(const uint16_t* from) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)); }
-inline Integers shifted_right(Integers a, int by) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+inline Integers four_bits(Integers words, int first) {
+    return _mm256_and_si256(_mm256_srl_epi32(words, _mm_cvtsi32_si128(first)), _mm256_set1_epi32(15));
+}
 inline Register load_bf16(const uint16_t* from) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_words(from), 16)); }
 inline Register load_f16(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
 inline Register to_register(Integers a) { return _mm256_cvtepi32_ps(a); }

@@ -93,7 +93,7 @@ inline void multiply_chunk8_tiles(int64_t count, const Row8* rows, int64_t depth
 inline void multiply_chunk8(int64_t count, const Row8* rows, int64_t depth, const int8_t* panel, float* sums,
                             bool fetch) {
 #ifdef EMOE_TILES
-    if (rows[0].bytes != nullptr) return multiply_chunk8_tiles(count, rows, depth, panel, sums, fetch);
+    if (rows[0].tiles != nullptr) return multiply_chunk8_tiles(count, rows, depth, panel, sums, fetch);
 #endif
     for_tiles<kRows8>(count, depth, [&](int64_t tile, int64_t tiles, int64_t at, auto number, int64_t begin, int64_t end) {
         constexpr int R = decltype(number)::value;

@@ -28,20 +28,21 @@ inline int64_t byte_steps(int64_t depth) { return (depth + kTileBytes - 1) / kTi
 constexpr int64_t kTileSize = kTileRows * kTileBytes;
 inline int64_t block_bytes(int64_t depth) { return byte_steps(depth) * 2 * kTileSize; }
 
-// Lays rows out in `memory`: one block of `size` bytes after the other, each of 16 rows. `fill` writes a row's tiles, whose
-// rows lie kTileSize bytes apart. The last block is filled up with zeros.
-template <class Fill> void lay_out(std::vector<Row8>& rows, int64_t size, std::vector<char>& memory, Fill fill) {
+// Lays rows out in `memory`: one block of `size` bytes after the other, each of 16 rows in tiles of `line` bytes of a row. `fill`
+// writes a row's lines, which lie a tile apart. The last block is filled up with zeros.
+template <class Row, class Fill>
+void lay_out(std::vector<Row>& rows, int64_t size, int64_t line, std::vector<char>& memory, Fill fill) {
     const int64_t count = rows.size(), needed = (count + kTileRows - 1) / kTileRows * size + kTileBytes;
     if (int64_t(memory.size()) < needed) memory.resize(needed);
     char* blocks = (char*)((uintptr_t(memory.data()) + kTileBytes - 1) / kTileBytes * kTileBytes);
     for (int64_t r = 0; r < count; ++r) {
         char* block = blocks + r / kTileRows * size;
-        fill(rows[r], block + r % kTileRows * kTileBytes);
-        rows[r].bytes = block;
+        fill(rows[r], block + r % kTileRows * line);
+        rows[r].tiles = block;
     }
     for (int64_t r = count; r % kTileRows != 0; ++r)
-        for (int64_t tile = 0; tile < size; tile += kTileSize)
-            std::memset(blocks + r / kTileRows * size + tile + r % kTileRows * kTileBytes, 0, kTileBytes);
+        for (int64_t tile = 0; tile < size; tile += kTileRows * line)
+            std::memset(blocks + r / kTileRows * size + tile + r % kTileRows * line, 0, line);
 }
 
 // Takes rows apart.
@@ -50,7 +51,7 @@ inline void take_apart(std::vector<Row8>& rows, int64_t depth, std::vector<char>
     for (int i = 0; i < 64; ++i) order[i] = 2 * (i / 8 * 8 + (i % 8 / 4 * 2 + i % 4 / 2 + i % 2 * 4));
     const __m512i low = _mm512_load_si512(order), high = _mm512_or_si512(low, _mm512_set1_epi8(1));
     const int64_t filled = (depth + kFine - 1) / kFine * kFine;
-    lay_out(rows, block_bytes(depth), memory, [&](const Row8& row, char* to) {
+    lay_out(rows, block_bytes(depth), kTileBytes, memory, [&](const Row8& row, char* to) {
         for (int64_t k = 0; k < filled; k += 64, to += 2 * kTileSize) {
             const __m512i first = _mm512_loadu_si512(row.values + k);
             const __m512i second = k + 32 < filled ? _mm512_loadu_si512(row.values + k + 32) : _mm512_setzero_si512();
@@ -117,7 +118,7 @@ inline void multiply_all_bytes(int64_t count, const Row8* rows, int64_t depth, i
     };
     AheadOfNext ahead{next, (fetched + blocks * wide.steps * 4 - 1) / (blocks * wide.steps * 4)};
     for (int64_t block = 0; block < blocks; ++block) {
-        const char* bytes = rows[block / 2 * kTileRows].bytes + begin;
+        const char* bytes = rows[block / 2 * kTileRows].tiles + begin;
         if (block % 2 == 0) // the next rows come from L2
             for (int64_t line = 0; line < 4 * kTileSize; line += 64)
                 _mm_prefetch(bytes + block_bytes(depth) + line, _MM_HINT_T0);

@@ -1,4 +1,4 @@
-// Products of rows in 16 bits with weights of 8 or fewer bits: what gemm8.h and gemm4.h share.
+// Rows of products with weights of 8 bits (gemm8.h, tiles8.h), and the order in which panels in groups are multiplied.
 //
 // Rows are rounded to 16 bits in groups of 128 steps of K, each with a float32 scale. Sums within a group of a panel are
 // exact. The groups' sums are added in ascending order, so a row's result does not depend on the other rows of the call.
@@ -16,13 +16,13 @@ constexpr int64_t kGroup = 128; // steps of K with one scale of a row
 constexpr int64_t kFine = 32;   // steps of K with one scale of weights in 4 bits
 
 inline int64_t groups(int64_t depth) { return (depth + kGroup - 1) / kGroup; }
+inline int64_t groups4(int64_t depth) { return (depth + kFine - 1) / kFine; }
 
 // A row of numbers in 16 bits.
 struct Row8 {
     const int16_t* values; // [depth], filled up with zeros to a multiple of kFine
     const float* scales;   // [groups]
-    const int32_t* sums;   // [depth / kFine] of the values
-    const char* bytes = nullptr; // the values taken apart for the matrix unit (tiles8.h), if they are
+    const char* tiles = nullptr; // the values taken apart for the matrix unit (tiles8.h), if they are
 };
 
 // Rows [rows, depth] of numbers in 16 bits, one after the other.
@@ -30,17 +30,15 @@ struct Rows8 {
     int64_t depth = 0, stride = 0;
     std::vector<int16_t> values;
     std::vector<float> scales;
-    std::vector<int32_t> sums;
 
     void resize(int64_t rows, int64_t size) {
         depth = size;
         stride = (size + kFine - 1) / kFine * kFine;
         if (int64_t(values.size()) < rows * stride) values.resize(rows * stride);
         if (int64_t(scales.size()) < rows * groups(depth)) scales.resize(rows * groups(depth));
-        if (int64_t(sums.size()) < rows * stride / kFine) sums.resize(rows * stride / kFine);
     }
     Row8 at(int64_t row) const {
-        return {values.data() + row * stride, scales.data() + row * groups(depth), sums.data() + row * stride / kFine};
+        return {values.data() + row * stride, scales.data() + row * groups(depth)};
     }
 
     // Rounds a row to 14 bits and a sign. So the sum of 128 products with 8-bit weights stays below 2^31, and the rounding
@@ -66,12 +64,6 @@ struct Rows8 {
             }
         }
         std::fill(to + depth, to + stride, int16_t(0));
-        for (int64_t g = 0; g < stride / kFine; ++g) {
-            IntegerSums total = no_integers();
-            for (int64_t k = 0; k < kFine; k += 2 * kLanes)
-                total = dot(total, load_integers(to + g * kFine + k), all_integers(0x10001));
-            sums[row * (stride / kFine) + g] = sum(total);
-        }
     }
 };
 
@@ -82,10 +74,8 @@ inline void add_group(float* to, Register total, float scale, bool more) {
     store_sum(to, more ? times_plus(total, scales, load_sum(to)) : times(total, scales));
 }
 
-// Rows of the register tiles of multiply8 and multiply4. Weights are widened anew for each tile, which takes one to four
-// instructions for a register of columns, so tiles have many rows and few columns.
+// Rows of the register tiles of multiply8. Weights are widened anew for each tile, so tiles have many rows and few columns.
 constexpr int64_t kRows8 = kRegisters == 32 ? 8 : 4;
-constexpr int64_t kRows4 = kRegisters == 32 ? 8 : 3;
 
 // Groups of a panel that one tile of rows after the other is multiplied with. They are 270 KB in 8 bits, which L2 holds.
 constexpr int64_t kGroupsTogether = 32;

@@ -21,6 +21,7 @@ from elastic_moe.model.int8 import GROUP, SCALE, quantize
 from elastic_moe.model.native.experts import Gate, NativeExperts, find_gate
 from elastic_moe.model.native.linear import Packed, round4
 
+FOUR_BITS = (ExpertForm.INT4, ExpertForm.INT4_HALF, ExpertForm.MXFP4)
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 GATES = {
@@ -111,14 +112,29 @@ def in_form(
     return comes, meant
 
 
+def in_8_bits(rows: Tensor) -> Tensor:
+    """Rows as products with weights in 4 bits take them: rounded to -127 to 127 times a scale in groups of 32 (bytes.h)."""
+    groups = torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % 32)).unflatten(1, (-1, 32))
+    most = groups.abs().amax(-1, keepdim=True)
+    whole = (groups * torch.where(most > 0, 127 / most, 0)).round()
+    return (whole.double() * (most / 127).double()).flatten(1)[:, : rows.shape[1]]
+
+
 def reference(
-    gate: Gate, experts: dict[int, dict[str, Tensor]], transposed: bool, x: Tensor, index: Tensor, weight: Tensor
+    form: ExpertForm,
+    gate: Gate,
+    experts: dict[int, dict[str, Tensor]],
+    transposed: bool,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
 ) -> Tensor:
-    """In float64, with roundings to bfloat16 where the PyTorch path has them."""
+    """In float64, with roundings to bfloat16 where the PyTorch path has them, and to 8 bits where the form demands it."""
 
     def linear(rows: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
         matrix = tensors[name].double()
-        out = rows.double() @ (matrix if transposed else matrix.T)
+        taken = in_8_bits(rows) if form in FOUR_BITS else rows.double()
+        out = taken @ (matrix if transposed else matrix.T)
         return (out + tensors[f"{name}_bias"].double() if f"{name}_bias" in tensors else out).bfloat16()
 
     out = torch.zeros(x.shape, dtype=torch.float64)
@@ -170,7 +186,7 @@ def test_sums_are_right(
     x = draw(99, rows, hidden)
     index, weight = routing(5, rows, 3, held, 8)
     got = native.forward(x, index, weight).double()
-    expected = reference(GATES[gate], experts, transposed, x, index, weight)
+    expected = reference(form, GATES[gate], experts, transposed, x, index, weight)
     # A value that lies near the middle of two bfloat16 numbers may be rounded either way: of each expert's hidden
     # values some differ by 2^-8, of its outputs and of the sum too. Weights are below 1, values some units large.
     # Rows that are rounded to integers add to that: the largest of 40,000 differences seen was 1.2 times 2^-6.
