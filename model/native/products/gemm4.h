@@ -18,7 +18,6 @@ namespace emoe {
 constexpr int64_t kCodes = kFine * kPanel / 2;                  // bytes of a group's codes
 constexpr int64_t kScales = kPanel * sizeof(uint16_t);          // bytes of a group's scales
 constexpr int64_t kZeros = 16 * sizeof(uint16_t);               // bytes of a group's zero points
-constexpr int64_t kFines = kGroup / kFine;                      // groups of a block
 constexpr int8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24,   // twice the values of E2M1, plus kE2m1Zero
                               12, 11, 10, 9,  8,  6,  4,  0};
 constexpr int kE2m1Zero = 12;

@@ -1,8 +1,8 @@
-// Products of rows in 16 bits (wide.h) with weights of 8 bits by the matrix unit (tiles.h).
+// Products of rows (wide.h) with weights of 8 bits by the matrix unit (tiles.h).
 //
-// The unit multiplies bytes. So a row's numbers are taken apart into low and high bytes, which are multiplied one after the
-// other: a number is the low byte, without a sign, plus 256 times the high one. Sums of integers are exact, so the result has
-// the bits that vector.h's instructions give, and either may be used for any number of rows.
+// The unit multiplies bytes, and a row's integers times their factors have 11 bits. So they are taken apart into low and high bytes,
+// which are multiplied one after the other: a number is the low byte, without a sign, plus 256 times the high one. Sums of
+// integers are exact, so the result has the bits that vector.h's instructions give, and either may be used for any number of rows.
 //
 // A tile of columns has 4 steps of K of one column in 32 bits. Of 8 steps of K, these are 0, 4, 1, 5 and then 2, 6, 3, 7,
 // which is how pairs of K (gemm8.h) are put together fastest.
@@ -50,11 +50,14 @@ inline void take_apart(std::vector<Row8>& rows, int64_t depth, std::vector<char>
     alignas(64) uint8_t order[64];
     for (int i = 0; i < 64; ++i) order[i] = 2 * (i / 8 * 8 + (i % 8 / 4 * 2 + i % 4 / 2 + i % 2 * 4));
     const __m512i low = _mm512_load_si512(order), high = _mm512_or_si512(low, _mm512_set1_epi8(1));
-    const int64_t filled = (depth + kFine - 1) / kFine * kFine;
     lay_out(rows, block_bytes(depth), kTileBytes, memory, [&](const Row8& row, char* to) {
-        for (int64_t k = 0; k < filled; k += 64, to += 2 * kTileSize) {
-            const __m512i first = _mm512_loadu_si512(row.values + k);
-            const __m512i second = k + 32 < filled ? _mm512_loadu_si512(row.values + k + 32) : _mm512_setzero_si512();
+        const auto numbers = [&](const Group8& group, int64_t fine) { // 32 in 16 bits
+            const __m512i values = load_bytes(group.values + fine * kFine);
+            return _mm512_mullo_epi16(values, _mm512_set1_epi16(int16_t(group.factors[fine])));
+        };
+        for (int64_t k = 0; k < depth; k += 64, to += 2 * kTileSize) {
+            const Group8& group = row.groups[k / kGroup];
+            const __m512i first = numbers(group, k % kGroup / kFine), second = numbers(group, k % kGroup / kFine + 1);
             _mm512_storeu_si512(to, _mm512_permutex2var_epi8(first, low, second));
             _mm512_storeu_si512(to + kTileSize, _mm512_permutex2var_epi8(first, high, second));
         }
@@ -72,7 +75,7 @@ inline void add_quarter(int quarter, int64_t count, const Row8* rows, int64_t gr
     for (int64_t r = begin; r < std::min(count, begin + 8); ++r) {
         const Integers low = load_integers(found[c][r]), high = load_integers(found[2 + c][r]);
         const Register sum = to_register(_mm512_add_epi32(low, _mm512_slli_epi32(high, 8)));
-        add_group(sums + r * kPanel + column, times(sum, scale), rows[r].scales[group], group > 0);
+        add_group(sums + r * kPanel + column, times(sum, scale), rows[r].groups[group].scale, group > 0);
     }
 }
 

@@ -112,12 +112,24 @@ def in_form(
     return comes, meant
 
 
-def in_8_bits(rows: Tensor) -> Tensor:
-    """Rows as products with weights in 4 bits take them: rounded to -127 to 127 times a scale in groups of 32 (bytes.h)."""
-    groups = torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % 32)).unflatten(1, (-1, 32))
+def in_8_bits(rows: Tensor, form: ExpertForm) -> Tensor:
+    """Rows [R, K] as products with weights in 8 or 4 bits take them: integers to 127 times a scale for each 32 inputs.
+
+    For weights in 4 bits the scale is that of the largest input (bytes.h). For 8 bits it is a whole number of eighths of
+    the scale of 128 inputs (wide.h).
+    """
+    # PyTorch divides a number by a tensor by a reciprocal, which ends otherwise where a value is just between two integers
+    largest, all_factors = torch.tensor(127.0), torch.tensor(127.0 * 8)
+    groups = nn.functional.pad(rows.float(), (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, 4, 32))
     most = groups.abs().amax(-1, keepdim=True)
-    whole = (groups * torch.where(most > 0, 127 / most, 0)).round()
-    return (whole.double() * (most / 127).double()).flatten(1)[:, : rows.shape[1]]
+    if form is ExpertForm.INT8:
+        together = most.amax(2, keepdim=True)
+        factor = torch.where(together > 0, most / together * 8, 0).ceil().clamp(min=1)
+        whole = torch.where(together > 0, groups * (all_factors / together / factor), 0).round() * factor
+        scale = together / all_factors
+    else:
+        whole, scale = torch.where(most > 0, groups * (largest / most), 0).round(), most / largest
+    return (whole.double() * scale.double()).flatten(1)[:, : rows.shape[1]]
 
 
 def reference(
@@ -133,7 +145,7 @@ def reference(
 
     def linear(rows: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
         matrix = tensors[name].double()
-        taken = in_8_bits(rows) if form in FOUR_BITS else rows.double()
+        taken = rows.double() if form in (ExpertForm.PLAIN, ExpertForm.FP8) else in_8_bits(rows, form)
         out = taken @ (matrix if transposed else matrix.T)
         return (out + tensors[f"{name}_bias"].double() if f"{name}_bias" in tensors else out).bfloat16()
 
