@@ -113,12 +113,12 @@ def in_form(
 
 
 def in_8_bits(rows: Tensor, form: ExpertForm) -> Tensor:
-    """Rows [R, K] as products with weights in 8 or 4 bits take them: integers to 127 times a scale for each 32 inputs.
+    """Rows [R, K] as products with weights in 8 or 4 bits take them: integers times a scale for each 32 inputs.
 
-    For weights in 4 bits the scale is that of the largest input (bytes.h). For 8 bits it is a whole number of eighths of
-    the scale of 128 inputs (wide.h).
+    For weights in 4 bits the scale is that of the largest input (bytes.h). For 8 bits it is a number of eighths of the
+    scale of 128 inputs (wide.h).
     """
-    # PyTorch divides a number by a tensor by a reciprocal, which ends otherwise where a value is just between two integers
+    # PyTorch divides a number by a tensor by a reciprocal, which ends otherwise just between two integers
     largest, all_factors = torch.tensor(127.0), torch.tensor(127.0 * 8)
     groups = nn.functional.pad(rows.float(), (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, 4, 32))
     most = groups.abs().amax(-1, keepdim=True)
@@ -141,7 +141,7 @@ def reference(
     index: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """In float64, with roundings to bfloat16 where the PyTorch path has them, and to 8 bits where the form demands it."""
+    """In float64, with roundings to bfloat16 where the PyTorch path has them, and to 8 bits where the form has them."""
 
     def linear(rows: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
         matrix = tensors[name].double()

@@ -1,7 +1,7 @@
 """The parts of the library for different CPUs compute the same: AVX2, AVX-512, and the matrix unit.
 
-This machine's library is compared with one compiled for AVX2 alone, and with itself while it does not use the unit. On a
-machine without the unit its instructions are emulated (emulated_tiles.h).
+This machine's library is compared with one compiled for AVX2 alone, and with itself while it does not use the unit. On
+a machine without the unit its instructions are emulated (emulated_tiles.h).
 """
 
 from __future__ import annotations
