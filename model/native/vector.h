@@ -34,6 +34,8 @@ using Floats = __m512;
 using Register = __m512;
 using Pairs = __m512bh; // a register of pairs of bfloat16
 
+#define EMOE_BYTES 1           // the CPU multiplies bytes of either sign, and adds up four products
+
 constexpr int kLanes = 16;     // floats of a register
 constexpr int kRegisters = 32; // vector registers of the CPU
 
@@ -50,6 +52,15 @@ inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline float maximum(Floats a) { return _mm512_reduce_max_ps(a); }
+// The largest of both without their signs. It is infinite or not a number if one of them is.
+inline float largest_size(Floats a, Floats b) {
+    const __m512i size = _mm512_set1_epi32(0x7fffffff);
+    const __m512i bits = _mm512_max_epi32(_mm512_and_si512((__m512i)a, size), _mm512_and_si512((__m512i)b, size));
+    const int32_t largest = _mm512_reduce_max_epi32(bits); // floats without a sign are ordered as their bits are
+    float out;
+    std::memcpy(&out, &largest, 4);
+    return out;
+}
 inline Floats nearest(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Floats times_power_of_2(Floats a, Floats whole) { return _mm512_scalef_ps(a, whole); }
 inline Lanes differ(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
@@ -94,29 +105,41 @@ using IntegerSums = __v16si;
 inline IntegerSums no_integers() { return (IntegerSums)_mm512_setzero_si512(); }
 inline Integers all_integers(int32_t value) { return _mm512_set1_epi32(value); }
 inline Integers load_bytes(const int8_t* from) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
-inline IntegerSums dot(IntegerSums so_far, Integers a, Integers b) {
-    return (IntegerSums)_mm512_dpwssd_epi32((__m512i)so_far, a, b);
-}
-inline int32_t sum(IntegerSums a) { return _mm512_reduce_add_epi32((__m512i)a); }
-// The nearest integers, ties to even, of numbers that fit into 16 bits.
-inline void store_nearest(int16_t* to, Floats value, Lanes lanes) {
-    _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(value)));
-}
 inline Integers load_integers(const void* from) { return _mm512_loadu_si512(from); }
+// Of two registers of pairs of bytes of 32 columns: fours of bytes, plus 128 each, of the columns from 0, 8, 16 and 24 on, and of
+// those from 4, 12, 20 and 28 on. `in_order` puts such columns in order.
+inline void take_fours(Integers first, Integers second, Integers& low, Integers& high) {
+    const Integers sign = _mm512_set1_epi8(int8_t(0x80));
+    low = _mm512_xor_si512(_mm512_unpacklo_epi16(first, second), sign);
+    high = _mm512_xor_si512(_mm512_unpackhi_epi16(first, second), sign);
+}
+inline void in_order(Register& low, Register& high) {
+    const Register even = _mm512_shuffle_f32x4(low, high, 0x44), odd = _mm512_shuffle_f32x4(low, high, 0xee);
+    low = _mm512_shuffle_f32x4(even, even, 0xd8); // parts 0 and 1 of each, by turns
+    high = _mm512_shuffle_f32x4(odd, odd, 0xd8);
+}
 inline void store_integers(void* to, Integers value) { _mm512_storeu_si512(to, value); }
-// Four bits of each 16-bit integer, from bit `first` on.
-inline Integers four_bits(Integers words, int first) {
-    return _mm512_and_si512(_mm512_srli_epi16(words, first), _mm512_set1_epi16(15));
-}
+// Of each byte, the lower or the upper four bits.
+inline Integers low_halves(Integers bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+inline Integers high_halves(Integers bytes) { return low_halves(_mm512_srli_epi16(bytes, 4)); }
 inline Integers load_table(const int8_t* from) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)from)); }
-// The bytes of a table of 16, without a sign, at 16-bit integers below 16.
-inline Integers at(Integers table, Integers where) {
-    return _mm512_shuffle_epi8(table, _mm512_or_si512(where, _mm512_set1_epi16(int16_t(0x8000))));
+// The bytes of a table of 16 at bytes below 16.
+inline Integers at(Integers table, Integers where) { return _mm512_shuffle_epi8(table, where); }
+// Sums of products of bytes, one without a sign and one with: four steps of K at a time. They hold any number of products.
+using ByteSums = IntegerSums;
+constexpr bool kSmallByteSums = false;
+inline ByteSums no_bytes() { return no_integers(); }
+inline ByteSums dot_bytes(ByteSums so_far, Integers codes, Integers bytes) {
+    return (ByteSums)_mm512_dpbusd_epi32((__m512i)so_far, codes, bytes);
 }
-inline Integers minus16(Integers a, Integers b) { return _mm512_sub_epi16(a, b); }
-inline Integers twice16(Integers a) { return _mm512_or_si512(a, _mm512_slli_epi32(a, 16)); }
+inline IntegerSums to_integers(ByteSums sums) { return sums; }
+inline IntegerSums plus(IntegerSums a, IntegerSums b) { return (IntegerSums)_mm512_add_epi32((__m512i)a, (__m512i)b); }
+inline __m128i to_bytes(Floats value) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)); }
 inline Integers load_words(const uint16_t* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
-inline Integers shifted_right(Integers a, int by) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+// Four bits of each 32-bit integer, from bit `first` on.
+inline Integers four_bits(Integers words, int first) {
+    return _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(first)), _mm512_set1_epi32(15));
+}
 inline Register load_bf16(const uint16_t* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_words(from), 16)); }
 inline Register load_f16(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
 inline Register to_register(IntegerSums a) { return _mm512_cvtepi32_ps((__m512i)a); }
@@ -162,6 +185,15 @@ inline float maximum(Floats a) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+inline float largest_size(Floats a, Floats b) {
+    const __m256i size = _mm256_set1_epi32(0x7fffffff);
+    const auto bits = [&](__m256 value) { return _mm256_and_si256(_mm256_castps_si256(value), size); };
+    const __m256i eight = _mm256_max_epi32(_mm256_max_epi32(bits(a.low), bits(a.high)), _mm256_max_epi32(bits(b.low), bits(b.high)));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(four));
 }
 inline Floats nearest(Floats a) {
     constexpr int kHow = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -265,39 +297,58 @@ inline Register load_sum(const float* from) { return _mm256_loadu_ps(from); }
 inline void store_sum(float* to, Register value) { _mm256_storeu_ps(to, value); }
 
 using Integers = __m256i;
-using IntegerSums = __m256i;
-inline IntegerSums no_integers() { return _mm256_setzero_si256(); }
+using IntegerSums = __v8si; // as with AVX-512
+inline IntegerSums no_integers() { return (IntegerSums)_mm256_setzero_si256(); }
 inline Integers all_integers(int32_t value) { return _mm256_set1_epi32(value); }
 inline Integers load_bytes(const int8_t* from) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from)); }
-inline IntegerSums dot(IntegerSums so_far, Integers a, Integers b) { return _mm256_add_epi32(so_far, _mm256_madd_epi16(a, b)); }
-inline int32_t sum(IntegerSums a) {
-    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
-}
-inline void store_nearest(int16_t* to, Floats value, Lanes lanes) {
-    const __m256i low16 = _mm256_set1_epi32(0xffff);
-    const __m256i low = _mm256_and_si256(_mm256_cvtps_epi32(value.low), low16);
-    const __m256i high = _mm256_and_si256(_mm256_cvtps_epi32(value.high), low16);
-    alignas(32) int16_t some[16];
-    _mm256_store_si256((__m256i*)some, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8));
-    std::memcpy(to, some, count_of(lanes) * sizeof(int16_t));
+inline IntegerSums dot(IntegerSums so_far, Integers a, Integers b) { return so_far + (IntegerSums)_mm256_madd_epi16(a, b); }
+// The nearest integers, ties to even, of numbers that fit into 16 bits.
+inline void store_nearest(int16_t* to, Floats value) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(value.low), _mm256_cvtps_epi32(value.high));
+    _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(words, 0xd8));
 }
 inline Integers load_integers(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline void store_integers(void* to, Integers value) { _mm256_storeu_si256((__m256i*)to, value); }
-inline Integers four_bits(Integers words, int first) {
-    return _mm256_and_si256(_mm256_srli_epi16(words, first), _mm256_set1_epi16(15));
-}
+inline Integers low_halves(Integers bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+inline Integers high_halves(Integers bytes) { return low_halves(_mm256_srli_epi16(bytes, 4)); }
 inline Integers load_table(const int8_t* from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from)); }
-inline Integers at(Integers table, Integers where) {
-    return _mm256_shuffle_epi8(table, _mm256_or_si256(where, _mm256_set1_epi16(int16_t(0x8000))));
+inline Integers at(Integers table, Integers where) { return _mm256_shuffle_epi8(table, where); }
+// Sums in 16 bits, unless the CPU has the instruction: of 32 steps of K with codes up to 15, or of 16 with codes up to 24.
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
+using ByteSums = IntegerSums;
+constexpr bool kSmallByteSums = false;
+inline ByteSums no_bytes() { return no_integers(); }
+inline ByteSums dot_bytes(ByteSums so_far, Integers codes, Integers bytes) {
+#ifdef __AVXVNNI__
+    return (ByteSums)_mm256_dpbusd_avx_epi32((__m256i)so_far, codes, bytes);
+#else
+    return (ByteSums)_mm256_dpbusd_epi32((__m256i)so_far, codes, bytes);
+#endif
 }
-inline Integers minus16(Integers a, Integers b) { return _mm256_sub_epi16(a, b); }
-inline Integers twice16(Integers a) { return _mm256_or_si256(a, _mm256_slli_epi32(a, 16)); }
+inline IntegerSums to_integers(ByteSums sums) { return sums; }
+#else
+using ByteSums = __v16hi;
+constexpr bool kSmallByteSums = true;
+inline ByteSums no_bytes() { return (ByteSums)_mm256_setzero_si256(); }
+inline ByteSums dot_bytes(ByteSums so_far, Integers codes, Integers bytes) {
+    return so_far + (ByteSums)_mm256_maddubs_epi16(codes, bytes);
+}
+inline IntegerSums to_integers(ByteSums sums) { return (IntegerSums)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+#endif
+inline IntegerSums plus(IntegerSums a, IntegerSums b) { return a + b; }
+inline __m128i to_bytes(Floats value) {
+    // packed, each half of a register has 4 numbers of low and then 4 of high
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(value.low), _mm256_cvtps_epi32(value.high));
+    const __m256i even = _mm256_permute4x64_epi64(words, 0xd8);
+    return _mm_packs_epi16(_mm256_castsi256_si128(even), _mm256_extracti128_si256(even, 1));
+}
 inline Integers load_words(const uint16_t* from) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)); }
-inline Integers shifted_right(Integers a, int by) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+inline Integers four_bits(Integers words, int first) {
+    return _mm256_and_si256(_mm256_srl_epi32(words, _mm_cvtsi32_si128(first)), _mm256_set1_epi32(15));
+}
 inline Register load_bf16(const uint16_t* from) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_words(from), 16)); }
 inline Register load_f16(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+inline Register to_register(IntegerSums a) { return _mm256_cvtepi32_ps((__m256i)a); }
 inline Register to_register(Integers a) { return _mm256_cvtepi32_ps(a); }
 inline Register all_lanes(float value) { return _mm256_set1_ps(value); }
 inline Register times(Register a, Register b) { return _mm256_mul_ps(a, b); }
@@ -305,6 +356,13 @@ inline Register times_plus(Register a, Register b, Register so_far) { return _mm
 inline Register less_product(Register a, Register b, Register c) { return _mm256_fnmadd_ps(b, c, a); }
 
 #endif
+
+// Writes 16 whole numbers from -127 to 127 as bytes, or of each 8 those of the places 0, 4, 1, 5, 2, 6, 3, 7.
+inline void store_bytes(int8_t* to, Floats whole) { _mm_storeu_si128((__m128i*)to, to_bytes(whole)); }
+inline void store_eights(int8_t* to, Floats whole) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(to_bytes(whole), order));
+}
 
 // Rounds to the nearest bfloat16, ties to even, as torch does. A not-a-number stays one.
 inline Floats rounded(Floats value) { return widened(narrowed(value)); }

@@ -274,15 +274,15 @@ int sum_of_experts(const Layer& layer, const bf16* x, int64_t rows, const Choice
     const Sorted sorted(choices, rows, layer.num_experts);
     // this memory is kept from call to call, since fresh memory costs page faults
     thread_local std::vector<bf16> scratch;
-    thread_local Rows8 x8, hidden8;
     const int64_t needed = int64_t(sorted.row.size()) * layer.width;
     if (int64_t(scratch.size()) < needed) scratch.resize(needed);
     std::memset(sums.data, 0, rows * sums.pieces * layer.hidden * sizeof(float));
     return with_form(layer.bits, [&](auto bits) {
         using Bits = decltype(bits);
-        if constexpr (std::is_same_v<typename Bits::Row, Row8>)
-            return sum_any<Bits>(layer, x8, x, rows, hidden8, scratch.data(), sorted, sums, threads);
-        else {
+        if constexpr (kRoundsRows<Bits>) {
+            thread_local typename Bits::Rows narrow, hidden;
+            return sum_any<Bits>(layer, narrow, x, rows, hidden, scratch.data(), sorted, sums, threads);
+        } else {
             Bits16::Rows x16{x, 0}, hidden16{scratch.data(), 0};
             return sum_any<Bits>(layer, x16, x, rows, hidden16, scratch.data(), sorted, sums, threads);
         }

@@ -53,7 +53,7 @@ void Bits8::multiply(int64_t count, const Row* rows, int64_t depth, const char* 
 template <bool TABLE, bool HALF>
 void Bits4<TABLE, HALF>::prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
 #ifdef EMOE_TILES
-    if (tiles_used && int64_t(rows.size()) > kFewTiles4) take_apart4(rows, depth, memory);
+    if (tiles_used && int64_t(rows.size()) > kFewTiles4) lay_out4(rows, depth, memory);
 #endif
 }
 template <bool TABLE, bool HALF> int64_t Bits4<TABLE, HALF>::panel_bytes(int64_t depth) { return panel_bytes4(depth, TABLE); }

@@ -1,7 +1,7 @@
 // The forms in which weights are kept, and how rows are multiplied with a panel in each of them.
 #pragma once
 
-#include "products/wide.h"
+#include "products/bytes.h"
 
 #include <vector>
 
@@ -44,14 +44,17 @@ struct Bits8 {
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch);
 };
 
-// Weights in 4 bits, and rows as for 8 bits.
+// Weights in 4 bits, and the rows that they are multiplied with, in 8 bits (bytes.h).
 template <bool TABLE, bool HALF> struct Bits4 {
-    using Row = Row8;
-    using Rows = Rows8;
+    using Row = Row4;
+    using Rows = Rows4;
     static void prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory);
     static int64_t panel_bytes(int64_t depth);
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch);
 };
+
+// Whether rows are rounded for a form.
+template <class Bits> constexpr bool kRoundsRows = !std::is_same_v<typename Bits::Row, const bf16*>;
 
 // Calls `run` with the products of a form.
 template <class Run> auto with_form(int form, Run run) {

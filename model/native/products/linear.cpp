@@ -97,10 +97,10 @@ template <class Bits> const std::vector<typename Bits::Row>& rows_of(const bf16*
     thread_local std::vector<typename Bits::Row> at;
     thread_local std::vector<char> memory;
     at.resize(rows);
-    if constexpr (std::is_same_v<typename Bits::Row, Row8>) {
-        thread_local Rows8 narrow;
+    if constexpr (kRoundsRows<Bits>) {
+        thread_local typename Bits::Rows narrow;
         narrow.resize(rows, depth);
-        Rows8& all = narrow; // the other threads have a thread_local of their own
+        auto& all = narrow; // the other threads have a thread_local of their own
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 16)
         for (int64_t r = 0; r < rows; ++r) all.set(r, x + r * stride);
         for (int64_t r = 0; r < rows; ++r) at[r] = narrow.at(r);

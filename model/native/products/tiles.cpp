@@ -8,7 +8,9 @@ namespace {
 
 // Asks the kernel to let this process use tiles, whose state is large. Threads that begin later may use them too.
 bool ask() {
-#ifdef EMOE_TILES
+#if defined(EMOE_EMULATED_TILES)
+    return true;
+#elif defined(EMOE_TILES)
     constexpr int kRequest = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM of asm/prctl.h, and a number of the CPU
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else

@@ -6,7 +6,7 @@
 // as zero. So the bits differ from those of vector.h's instructions. But they depend on nothing but the row and the
 // column: products in bfloat16 therefore take this unit for any number of rows.
 //
-// Products with weights of 8 bits (tiles8.h) and of 4 bits (tiles4.h) are exact in any order, so they take the unit where it
+// Sums of groups of weights of 8 bits (tiles8.h) and of 4 bits (tiles4.h) are exact in any order, so they take the unit where it
 // is faster.
 //
 // Each call configures the tiles of its thread and releases them: while tiles are in use, a switch to another thread has to
@@ -57,10 +57,14 @@ struct alignas(64) TileSizes {
     static TileSizes two(int64_t rows, int64_t depth_bytes = kTileBytes) {
         return TileSizes(kTileRows, rows - kTileRows, depth_bytes);
     }
-    // For rows that are taken apart (tiles8.h, tiles4.h).
-    static TileSizes apart() { return TileSizes(kTileRows, kTileRows, kTileBytes); }
+    // For rows that are laid out anew (tiles8.h, tiles4.h).
+    static TileSizes apart(int64_t depth_bytes = kTileBytes) { return TileSizes(kTileRows, kTileRows, depth_bytes); }
+#ifdef EMOE_EMULATED_TILES // by tests
+    void load() const { emulated::configure(this); }
+#else
     // the compilers' own function is said to read 8 bytes only
     void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
+#endif
 
   private:
     TileSizes(int64_t first, int64_t second, int64_t depth_bytes) {

@@ -1,8 +1,8 @@
-// Products of rows in 16 bits (wide.h) with weights of 8 bits by the matrix unit (tiles.h).
+// Products of rows (wide.h) with weights of 8 bits by the matrix unit (tiles.h).
 //
-// The unit multiplies bytes. So a row's numbers are taken apart into low and high bytes, which are multiplied one after the
-// other: a number is the low byte, without a sign, plus 256 times the high one. Sums of integers are exact, so the result has
-// the bits that vector.h's instructions give, and either may be used for any number of rows.
+// The unit multiplies bytes, and a row's integers times their factors have 11 bits. So they are taken apart into low and high bytes,
+// which are multiplied one after the other: a number is the low byte, without a sign, plus 256 times the high one. Sums of
+// integers are exact, so the result has the bits that vector.h's instructions give, and either may be used for any number of rows.
 //
 // A tile of columns has 4 steps of K of one column in 32 bits. Of 8 steps of K, these are 0, 4, 1, 5 and then 2, 6, 3, 7,
 // which is how pairs of K (gemm8.h) are put together fastest.
@@ -28,20 +28,21 @@ inline int64_t byte_steps(int64_t depth) { return (depth + kTileBytes - 1) / kTi
 constexpr int64_t kTileSize = kTileRows * kTileBytes;
 inline int64_t block_bytes(int64_t depth) { return byte_steps(depth) * 2 * kTileSize; }
 
-// Lays rows out in `memory`: one block of `size` bytes after the other, each of 16 rows. `fill` writes a row's tiles, whose
-// rows lie kTileSize bytes apart. The last block is filled up with zeros.
-template <class Fill> void lay_out(std::vector<Row8>& rows, int64_t size, std::vector<char>& memory, Fill fill) {
+// Lays rows out in `memory`: one block of `size` bytes after the other, each of 16 rows in tiles of `line` bytes of a row. `fill`
+// writes a row's lines, which lie a tile apart. The last block is filled up with zeros.
+template <class Row, class Fill>
+void lay_out(std::vector<Row>& rows, int64_t size, int64_t line, std::vector<char>& memory, Fill fill) {
     const int64_t count = rows.size(), needed = (count + kTileRows - 1) / kTileRows * size + kTileBytes;
     if (int64_t(memory.size()) < needed) memory.resize(needed);
     char* blocks = (char*)((uintptr_t(memory.data()) + kTileBytes - 1) / kTileBytes * kTileBytes);
     for (int64_t r = 0; r < count; ++r) {
         char* block = blocks + r / kTileRows * size;
-        fill(rows[r], block + r % kTileRows * kTileBytes);
-        rows[r].bytes = block;
+        fill(rows[r], block + r % kTileRows * line);
+        rows[r].tiles = block;
     }
     for (int64_t r = count; r % kTileRows != 0; ++r)
-        for (int64_t tile = 0; tile < size; tile += kTileSize)
-            std::memset(blocks + r / kTileRows * size + tile + r % kTileRows * kTileBytes, 0, kTileBytes);
+        for (int64_t tile = 0; tile < size; tile += kTileRows * line)
+            std::memset(blocks + r / kTileRows * size + tile + r % kTileRows * line, 0, line);
 }
 
 // Takes rows apart.
@@ -49,11 +50,14 @@ inline void take_apart(std::vector<Row8>& rows, int64_t depth, std::vector<char>
     alignas(64) uint8_t order[64];
     for (int i = 0; i < 64; ++i) order[i] = 2 * (i / 8 * 8 + (i % 8 / 4 * 2 + i % 4 / 2 + i % 2 * 4));
     const __m512i low = _mm512_load_si512(order), high = _mm512_or_si512(low, _mm512_set1_epi8(1));
-    const int64_t filled = (depth + kFine - 1) / kFine * kFine;
-    lay_out(rows, block_bytes(depth), memory, [&](const Row8& row, char* to) {
-        for (int64_t k = 0; k < filled; k += 64, to += 2 * kTileSize) {
-            const __m512i first = _mm512_loadu_si512(row.values + k);
-            const __m512i second = k + 32 < filled ? _mm512_loadu_si512(row.values + k + 32) : _mm512_setzero_si512();
+    lay_out(rows, block_bytes(depth), kTileBytes, memory, [&](const Row8& row, char* to) {
+        const auto numbers = [&](const Group8& group, int64_t fine) { // 32 in 16 bits
+            const __m512i values = load_bytes(group.values + fine * kFine);
+            return _mm512_mullo_epi16(values, _mm512_set1_epi16(int16_t(group.factors[fine])));
+        };
+        for (int64_t k = 0; k < depth; k += 64, to += 2 * kTileSize) {
+            const Group8& group = row.groups[k / kGroup];
+            const __m512i first = numbers(group, k % kGroup / kFine), second = numbers(group, k % kGroup / kFine + 1);
             _mm512_storeu_si512(to, _mm512_permutex2var_epi8(first, low, second));
             _mm512_storeu_si512(to + kTileSize, _mm512_permutex2var_epi8(first, high, second));
         }
@@ -71,7 +75,7 @@ inline void add_quarter(int quarter, int64_t count, const Row8* rows, int64_t gr
     for (int64_t r = begin; r < std::min(count, begin + 8); ++r) {
         const Integers low = load_integers(found[c][r]), high = load_integers(found[2 + c][r]);
         const Register sum = to_register(_mm512_add_epi32(low, _mm512_slli_epi32(high, 8)));
-        add_group(sums + r * kPanel + column, times(sum, scale), rows[r].scales[group], group > 0);
+        add_group(sums + r * kPanel + column, times(sum, scale), rows[r].groups[group].scale, group > 0);
     }
 }
 
@@ -117,7 +121,7 @@ inline void multiply_all_bytes(int64_t count, const Row8* rows, int64_t depth, i
     };
     AheadOfNext ahead{next, (fetched + blocks * wide.steps * 4 - 1) / (blocks * wide.steps * 4)};
     for (int64_t block = 0; block < blocks; ++block) {
-        const char* bytes = rows[block / 2 * kTileRows].bytes + begin;
+        const char* bytes = rows[block / 2 * kTileRows].tiles + begin;
         if (block % 2 == 0) // the next rows come from L2
             for (int64_t line = 0; line < 4 * kTileSize; line += 64)
                 _mm_prefetch(bytes + block_bytes(depth) + line, _MM_HINT_T0);

@@ -21,6 +21,7 @@ from elastic_moe.model.int8 import GROUP, SCALE, quantize
 from elastic_moe.model.native.experts import Gate, NativeExperts, find_gate
 from elastic_moe.model.native.linear import Packed, round4
 
+FOUR_BITS = (ExpertForm.INT4, ExpertForm.INT4_HALF, ExpertForm.MXFP4)
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 GATES = {
@@ -111,14 +112,41 @@ def in_form(
     return comes, meant
 
 
+def in_8_bits(rows: Tensor, form: ExpertForm) -> Tensor:
+    """Rows [R, K] as products with weights in 8 or 4 bits take them: integers times a scale for each 32 inputs.
+
+    For weights in 4 bits the scale is that of the largest input (bytes.h). For 8 bits it is a number of eighths of the
+    scale of 128 inputs (wide.h).
+    """
+    # PyTorch divides a number by a tensor by a reciprocal, which ends otherwise just between two integers
+    largest, all_factors = torch.tensor(127.0), torch.tensor(127.0 * 8)
+    groups = nn.functional.pad(rows.float(), (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, 4, 32))
+    most = groups.abs().amax(-1, keepdim=True)
+    if form is ExpertForm.INT8:
+        together = most.amax(2, keepdim=True)
+        factor = torch.where(together > 0, most / together * 8, 0).ceil().clamp(min=1)
+        whole = torch.where(together > 0, groups * (all_factors / together / factor), 0).round() * factor
+        scale = together / all_factors
+    else:
+        whole, scale = torch.where(most > 0, groups * (largest / most), 0).round(), most / largest
+    return (whole.double() * scale.double()).flatten(1)[:, : rows.shape[1]]
+
+
 def reference(
-    gate: Gate, experts: dict[int, dict[str, Tensor]], transposed: bool, x: Tensor, index: Tensor, weight: Tensor
+    form: ExpertForm,
+    gate: Gate,
+    experts: dict[int, dict[str, Tensor]],
+    transposed: bool,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
 ) -> Tensor:
-    """In float64, with roundings to bfloat16 where the PyTorch path has them."""
+    """In float64, with roundings to bfloat16 where the PyTorch path has them, and to 8 bits where the form has them."""
 
     def linear(rows: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
         matrix = tensors[name].double()
-        out = rows.double() @ (matrix if transposed else matrix.T)
+        taken = rows.double() if form in (ExpertForm.PLAIN, ExpertForm.FP8) else in_8_bits(rows, form)
+        out = taken @ (matrix if transposed else matrix.T)
         return (out + tensors[f"{name}_bias"].double() if f"{name}_bias" in tensors else out).bfloat16()
 
     out = torch.zeros(x.shape, dtype=torch.float64)
@@ -170,7 +198,7 @@ def test_sums_are_right(
     x = draw(99, rows, hidden)
     index, weight = routing(5, rows, 3, held, 8)
     got = native.forward(x, index, weight).double()
-    expected = reference(GATES[gate], experts, transposed, x, index, weight)
+    expected = reference(form, GATES[gate], experts, transposed, x, index, weight)
     # A value that lies near the middle of two bfloat16 numbers may be rounded either way: of each expert's hidden
     # values some differ by 2^-8, of its outputs and of the sum too. Weights are below 1, values some units large.
     # Rows that are rounded to integers add to that: the largest of 40,000 differences seen was 1.2 times 2^-6.

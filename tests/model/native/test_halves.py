@@ -1,6 +1,7 @@
 """The parts of the library for different CPUs compute the same: AVX2, AVX-512, and the matrix unit.
 
-This machine's library is compared with one compiled for AVX2 alone, and with itself while it does not use the unit.
+This machine's library is compared with one compiled for AVX2 alone, and with itself while it does not use the unit. On
+a machine without the unit its instructions are emulated (emulated_tiles.h).
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from elastic_moe.model.int8 import quantize
 from elastic_moe.model.native.attention import Rules, attend_apart
 from elastic_moe.model.native.block import Norm
 from elastic_moe.model.native.experts import NativeExperts
-from elastic_moe.model.native.linear import linear, pack, pack8
+from elastic_moe.model.native.linear import linear, pack, pack4, pack8, round4
 from elastic_moe.model.rms_norm import LayerNorm
 from elastic_moe.model.states.recurrent import (
     DeltaInputs,
@@ -37,6 +39,7 @@ from tests.paths import ROOT
 library_module = import_module("elastic_moe.model.native.library")
 """Not the function of that name."""
 SOURCES = (
+    "layer/attention.cpp",
     "layer/trunk.cpp",
     "moe/experts.cpp",
     "products/forms.cpp",
@@ -53,12 +56,33 @@ NEITHER, OFF, ON = -1, 0, 1
 """Arguments of `emoe_tiles`."""
 
 
+WITH_TILES = ("avx512vbmi", "avx512_bf16", "avx512_vnni")
+"""What the code for the matrix unit needs beside it, by the names in /proc/cpuinfo."""
+
+
 @pytest.fixture(scope="module")
 def avx2(lib: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("avx2") / "native.so"
+    flags = tuple(flag.replace("native", "haswell") for flag in library_module._FLAGS)
+    return compiled(flags, tmp_path_factory.mktemp("avx2"))
+
+
+@pytest.fixture(scope="module")
+def tiles(lib: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """A library that uses the matrix unit, or emulates it."""
+    if lib.emoe_tiles(NEITHER):
+        return lib
+    if missing := [flag for flag in WITH_TILES if flag not in library_module._cpu_flags()]:
+        pytest.skip(f"the code for the matrix unit (AMX) needs {', '.join(missing)} too")
+    emulated = ("-DEMOE_EMULATED_TILES", "-include", str(Path(__file__).parent / "emulated_tiles.h"))
+    flags = (*emulated, "-mamx-tile", "-mamx-bf16", "-mamx-int8", *library_module._FLAGS)
+    return compiled(flags, tmp_path_factory.mktemp("tiles"))
+
+
+def compiled(flags: Sequence[str], folder: Path) -> ctypes.CDLL:
+    """The library, or most of it, compiled with other flags."""
+    target = folder / "native.so"
     with pytest.MonkeyPatch.context() as patch:
-        flags = tuple(flag.replace("native", "haswell").replace("-O3", "-O1") for flag in library_module._FLAGS)
-        patch.setattr(library_module, "_FLAGS", flags)
+        patch.setattr(library_module, "_FLAGS", tuple(flag.replace("-O3", "-O1") for flag in flags))
         library_module._compile("c++", [library_module._SOURCES / name for name in SOURCES], target)
     loaded = ctypes.CDLL(str(target))
     for name, signature in library_module._SIGNATURES.items():
@@ -69,19 +93,17 @@ def avx2(lib: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> ctypes.C
 
 
 @pytest.fixture
-def both(lib: ctypes.CDLL) -> Iterator[Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]]:
+def both(tiles: ctypes.CDLL) -> Iterator[Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]]]:
     """What a function returns by the matrix unit, and without it."""
-    if not lib.emoe_tiles(NEITHER):
-        pytest.skip("this CPU has no matrix unit (AMX), or its kernel does not let it be used")
 
     def compute(run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        lib.emoe_tiles(ON)
+        assert tiles.emoe_tiles(ON) == ON
         by_unit = run()
-        lib.emoe_tiles(OFF)
+        assert tiles.emoe_tiles(OFF) == OFF
         return by_unit.float(), run().float()
 
     yield compute
-    lib.emoe_tiles(ON)
+    tiles.emoe_tiles(ON)
 
 
 def near(one: Tensor, other: Tensor) -> bool:
@@ -127,9 +149,9 @@ def test_few_and_many_rows_have_the_same_bits_with_avx2(
 
 @pytest.mark.parametrize("form", ExpertForm)
 def test_experts_have_the_same_bits_without_the_matrix_unit(
-    lib: ctypes.CDLL, both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]], form: ExpertForm
+    tiles: ctypes.CDLL, both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]], form: ExpertForm
 ) -> None:
-    held, (x, index, weight) = experts(lib, form), choices()
+    held, (x, index, weight) = experts(tiles, form), choices()
     together = both(lambda: held.forward(x, index, weight))
     assert near(*together) if form in FLOATS else torch.equal(*together)
     some = torch.tensor([3, 29, 89])
@@ -140,9 +162,9 @@ def test_experts_have_the_same_bits_without_the_matrix_unit(
 
 @pytest.mark.parametrize(("rows", "depth"), [(1, 30), (16, 32), (17, 290), (32, 64), (101, 4126)])
 def test_products_are_the_same_without_the_matrix_unit(
-    lib: ctypes.CDLL, both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]], rows: int, depth: int
+    tiles: ctypes.CDLL, both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]], rows: int, depth: int
 ) -> None:
-    x, packed = draw(1, rows, depth), pack(lib, draw(2, 70, depth))
+    x, packed = draw(1, rows, depth), pack(tiles, draw(2, 70, depth))
     by_unit, without = both(lambda: linear(x, packed, None))
     assert near(by_unit, without)
     _, alone = both(lambda: linear(x[-1:], packed, None))
@@ -151,21 +173,31 @@ def test_products_are_the_same_without_the_matrix_unit(
 
 @pytest.mark.parametrize(("rows", "depth"), [(1, 30), (4, 128), (5, 128), (101, 1054)])
 def test_products_with_8_bits_have_the_same_bits_everywhere(
-    lib: ctypes.CDLL, avx2: ctypes.CDLL, rows: int, depth: int
+    lib: ctypes.CDLL, avx2: ctypes.CDLL, tiles: ctypes.CDLL, rows: int, depth: int
 ) -> None:
     x, matrix, bias = draw(1, rows, depth), quantize(draw(2, 200, depth)), draw(3, 200)
-    packed = pack8(lib, *matrix)
-    outputs = [linear(x, pack8(half, *matrix), bias) for half in (lib, avx2)]
-    if lib.emoe_tiles(NEITHER):
-        lib.emoe_tiles(OFF)
-        outputs.append(linear(x, packed, bias))
-        lib.emoe_tiles(ON)
+    outputs = [linear(x, pack8(half, *matrix), bias) for half in (lib, avx2, tiles)]
+    tiles.emoe_tiles(OFF)
+    outputs.append(linear(x, pack8(tiles, *matrix), bias))
+    tiles.emoe_tiles(ON)
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("form", [ExpertForm.INT4, ExpertForm.INT4_HALF, ExpertForm.MXFP4])
+@pytest.mark.parametrize(("rows", "depth"), [(1, 30), (7, 128), (8, 128), (101, 1054)])
+def test_products_with_4_bits_have_the_same_bits_everywhere(
+    lib: ctypes.CDLL, avx2: ctypes.CDLL, tiles: ctypes.CDLL, form: ExpertForm, rows: int, depth: int
+) -> None:
+    codes, scales, zeros = round4(lib, draw(2, 200, depth))
+    scales = scales.to(torch.float16 if form is ExpertForm.INT4_HALF else torch.bfloat16)
+    x, matrix, bias = draw(1, rows, depth), (codes, scales, None if form is ExpertForm.MXFP4 else zeros), draw(3, 200)
+    outputs = [linear(x, pack4(half, *matrix, form), bias) for half in (lib, avx2, tiles)]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
 @pytest.mark.parametrize(("queries", "key_size", "value_size"), [(1, 64, 64), (40, 128, 80), (40, 24, 16)])
 def test_attention_is_the_same_without_the_matrix_unit(
-    lib: ctypes.CDLL,
+    tiles: ctypes.CDLL,
     both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]],
     queries: int,
     key_size: int,
@@ -173,9 +205,9 @@ def test_attention_is_the_same_without_the_matrix_unit(
 ) -> None:
     query, key, value = draw(1, 3, queries, key_size), draw(2, 3, 300, key_size), draw(3, 3, 300, value_size)
     rules = Rules(scale=key_size**-0.5, window=None, softcap=None, sinks=None)
-    by_unit, without = both(lambda: attend_apart(lib, query, key, value, rules))
+    by_unit, without = both(lambda: attend_apart(tiles, query, key, value, rules))
     assert near(by_unit, without)
-    _, alone = both(lambda: attend_apart(lib, query[:, -1:], key, value, rules))
+    _, alone = both(lambda: attend_apart(tiles, query[:, -1:], key, value, rules))
     assert torch.equal(alone, without[-1:])
 
 
@@ -197,7 +229,7 @@ memory = ctypes.create_string_buffer(6144)
 ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 6144)), None)
 import torch
 from elastic_moe.model.native import library
-from elastic_moe.model.native.linear import linear, pack, pack8
+from elastic_moe.model.native.linear import linear, pack, pack4, pack8, round4
 lib = library()
 x = torch.ones(40, 64, dtype=torch.bfloat16)
 print(lib.emoe_tiles(-1), lib.emoe_tiles(1), bool((linear(x, pack(lib, x), None) == 64).all()))

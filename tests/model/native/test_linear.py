@@ -23,6 +23,7 @@ from elastic_moe.model.native.linear import (
     rows,
     unpack,
 )
+from tests.model.native.test_experts import FOUR_BITS, in_8_bits
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 150).map(lambda half: 2 * half))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -65,9 +66,8 @@ def test_products_with_8_bits_are_right_to_a_rounding(
     count, columns, depth = shape
     x, (packed, weight) = draw(1, count, depth), narrow(lib, draw(2, columns, depth))
     bias = draw(3, columns) if biased else None
-    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
-    # rows are rounded to 2^-14 of the largest number of their group
-    bound = expected.abs() * 2**-8 + depth**0.5 * 2**-9
+    expected = in_8_bits(x, ExpertForm.INT8) @ weight.T + (0 if bias is None else bias.double())
+    bound = expected.abs() * 2**-8 + depth**0.5 * 2**-14
     assert ((linear(x, packed, bias).double() - expected).abs() <= bound).all()
 
 
@@ -118,6 +118,19 @@ def test_any_number_of_rows_has_the_bits_of_single_rows(lib: ctypes.CDLL, form: 
         assert torch.equal(linear(x[:count], packed, None), alone[:count]), count
     many = x.repeat(4, 1)
     assert torch.equal(linear(many, packed, None), alone.repeat(4, 1))
+
+
+@pytest.mark.parametrize("form", [*FOUR_BITS, ExpertForm.INT8])
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 1e-39])
+def test_numbers_that_8_bits_cannot_hold_show_in_the_product(lib: ctypes.CDLL, form: ExpertForm, bad: float) -> None:
+    """Infinite ones make the row's products not a number; those near zero are zeros. Other rows are as they were."""
+    x, packed = draw(1, 3, 96), in_narrow_form(lib, form, draw(2, 70, 96))
+    clean = linear(x, packed, None)
+    x[1] = 0
+    x[1, 40] = bad
+    got = linear(x, packed, None)
+    assert torch.equal(got[[0, 2]], clean[[0, 2]])
+    assert got[1].eq(0).all() if bad == 1e-39 else got[1].isnan().all()
 
 
 def test_deep_matrices_are_taken_in_pieces(lib: ctypes.CDLL) -> None:
