@@ -203,7 +203,7 @@ class Scaling:
             if target != self.target:
                 check_memory(facts, target, ())
         except PlacementError as error:
-            asked = f"to {target} workers"
+            asked = f"to {counted(target, 'worker')}"
             refused = self._operations.open(OperationKind.SCALE, facts.next_epoch, f"redeployed {asked}", asked=asked)
             self._operations.fail(refused.operation_id, str(error))
             return False

