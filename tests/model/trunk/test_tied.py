@@ -66,7 +66,9 @@ def test_in_8_bits_both_have_the_rounded_matrix(lib: ctypes.CDLL, embedding: typ
     [row] = notes.rows()
     assert (row.modules, row.path) == ("Linear in int8", CodePath.NATIVE)
     torch.testing.assert_close(model.embed(torch.arange(150)), (rounded * factor).bfloat16(), rtol=2**-7, atol=2**-9)
-    torch.testing.assert_close(model.head(x), (in_8_bits(x, ExpertForm.INT8).float() @ rounded.T).bfloat16(), rtol=2**-7, atol=2**-9)
+    torch.testing.assert_close(
+        model.head(x), (in_8_bits(x, ExpertForm.INT8).float() @ rounded.T).bfloat16(), rtol=2**-7, atol=2**-9
+    )
 
 
 def test_what_others_use_too_stays(lib: ctypes.CDLL) -> None:
