@@ -1,7 +1,7 @@
 """Expert weights in 4 bits, in groups of 32 inputs of each output: (code - zero point) x scale, or E2M1 codes x scale.
 
 Codes lie as nibbles in uint8 [N, K/2], the lower half of a byte first; scales [N, G] in 16 bits; zero points in uint8
-[N, G], which E2M1 has not. In memory an expert takes 29 % of its bytes in bfloat16 (model/native/gemm4.h).
+[N, G], which E2M1 has not. In memory an expert takes 29 % of its bytes in bfloat16 (model/native/products/gemm4.h).
 """
 
 from __future__ import annotations

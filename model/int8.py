@@ -1,7 +1,7 @@
 """Weights in 8 bits: rounded in groups of 128 inputs of each output, with a scale for each group.
 
-Only weights are rounded to 8 bits; activations keep more bits than bfloat16 has (model/native/gemm8.h). In memory and
-on its way between workers, an expert takes 52 % of the bytes that it takes in bfloat16.
+In memory and on its way between workers, an expert takes 52 % of the bytes that it takes in bfloat16. Products round
+activations to 8 bits too, in groups of 32 (model/native/products/rows8.h).
 """
 
 from __future__ import annotations

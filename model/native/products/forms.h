@@ -1,7 +1,7 @@
 // The forms in which weights are kept, and how rows are multiplied with a panel in each of them.
 #pragma once
 
-#include "products/bytes.h"
+#include "products/rows4.h"
 
 #include <vector>
 
@@ -35,7 +35,7 @@ struct Floats8 : Bits16 {
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch);
 };
 
-// Weights in 8 bits, and the rows that they are multiplied with, in 16 bits (wide.h).
+// Weights in 8 bits, and the rows that they are multiplied with, in 16 bits (rows8.h).
 struct Bits8 {
     using Row = Row8;
     using Rows = Rows8;
@@ -44,7 +44,7 @@ struct Bits8 {
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch);
 };
 
-// Weights in 4 bits, and the rows that they are multiplied with, in 8 bits (bytes.h).
+// Weights in 4 bits, and the rows that they are multiplied with, in 8 bits (rows4.h).
 template <bool TABLE, bool HALF> struct Bits4 {
     using Row = Row4;
     using Rows = Rows4;

@@ -1,7 +1,7 @@
 // Products of rows with a matrix of 4-bit codes.
 //
 // A weight is (value of its code - zero point) x scale. Scale and zero point are those of 32 steps of K of one column. The
-// value of a code is the code itself, or what a table says (E2M1). Rows are in 8 bits (bytes.h).
+// value of a code is the code itself, or what a table says (E2M1). Rows are in 8 bits (rows4.h).
 //
 // A matrix [N, K] is stored in panels of 64 columns, and a panel in blocks of 128 steps of K, which are 4 groups of 32; the
 // last block may have fewer groups, and the last group is filled up. A block has

@@ -1,12 +1,12 @@
 // Products of rows with a matrix of 8-bit integers.
 //
 // Each column of weights is rounded to 8 bits in groups of 128 steps of K, and each group has a float32 scale. Rows are in 8
-// bits too (wide.h). A matrix [N, K] is stored in panels of 64 columns, and a panel in groups: a group is [64 pairs of
+// bits too (rows8.h). A matrix [N, K] is stored in panels of 64 columns, and a panel in groups: a group is [64 pairs of
 // K][64][2], followed by the scales [64].
 #pragma once
 
 #include "products/tiles8.h"
-#include "products/wide.h"
+#include "products/rows8.h"
 
 namespace emoe {
 

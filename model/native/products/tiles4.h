@@ -1,11 +1,11 @@
-// Products of rows in 8 bits (bytes.h) with weights of 4 bits by the matrix unit (tiles.h).
+// Products of rows in 8 bits (rows4.h) with weights of 4 bits by the matrix unit (tiles.h).
 //
 // The unit multiplies bytes: 32 steps of K of 16 rows by those of 16 columns. The weights are in bytes then, less their zero
 // points. Sums of integers are exact, so the result has the bits that vector.h's instructions give, and either may be used for
 // any number of rows.
 #pragma once
 
-#include "products/bytes.h"
+#include "products/rows4.h"
 #include "products/tiles8.h"
 
 #ifdef EMOE_TILES

@@ -1,4 +1,4 @@
-// Products of rows (wide.h) with weights of 8 bits by the matrix unit (tiles.h).
+// Products of rows (rows8.h) with weights of 8 bits by the matrix unit (tiles.h).
 //
 // The unit multiplies bytes, and a row's integers times their factors have 11 bits. So they are taken apart into low and high bytes,
 // which are multiplied one after the other: a number is the low byte, without a sign, plus 256 times the high one. Sums of
@@ -8,7 +8,7 @@
 // which is how pairs of K (gemm8.h) are put together fastest.
 #pragma once
 
-#include "products/wide.h"
+#include "products/rows8.h"
 
 #ifdef EMOE_TILES
 

@@ -115,8 +115,8 @@ def in_form(
 def in_8_bits(rows: Tensor, form: ExpertForm) -> Tensor:
     """Rows [R, K] as products with weights in 8 or 4 bits take them: integers times a scale for each 32 inputs.
 
-    For weights in 4 bits the scale is that of the largest input (bytes.h). For 8 bits it is a number of eighths of the
-    scale of 128 inputs (wide.h).
+    For weights in 4 bits the scale is that of the largest input (rows4.h). For 8 bits it is a number of eighths of the
+    scale of 128 inputs (rows8.h).
     """
     # PyTorch divides a number by a tensor by a reciprocal, which ends otherwise just between two integers
     largest, all_factors = torch.tensor(127.0), torch.tensor(127.0 * 8)

@@ -8,7 +8,7 @@
 // lower and the upper halves of its bytes. One instruction multiplies four steps.
 #pragma once
 
-#include "products/wide.h"
+#include "products/rows8.h"
 
 namespace emoe {
 
