@@ -198,6 +198,16 @@ def test_the_number_of_groups_is_changed_by_a_call(call: Call) -> None:
     listed = call("GET", "/admin/engines", backend=Leaving()).json()
     assert [engine["retiring"] for engine in listed] == [False, True]
 
+    class Growing(Pair):
+        wanted_groups = 4
+
+    listed = call("GET", "/admin/engines", backend=Growing()).json()
+    assert [(engine["engine"], engine["ready"], engine["retiring"]) for engine in listed] == [
+        *((0, True, False), (1, True, False), (2, False, False), (3, False, False)),
+    ]
+    assert listed[2]["reason"] == "waits until others have started"
+    assert listed[2].keys() == listed[0].keys()
+
 
 def test_metrics_of_a_group_that_came_later(model_dir: Path) -> None:
     async def work() -> str:
