@@ -233,8 +233,10 @@ class ControlState:
         running = self._owners.rebalancing.planning if change is None or change.yields else change
         if running is not None and not (unless_own and self._is_own(running.operation_id)):
             raise self.operations.conflict(running.operation_id)
-        if not self.facts.serves or self._owners.membership.probing:
+        if not self.facts.serves:
             raise NotReadyError(self.readiness().reason)
+        if self._owners.membership.probing:
+            raise NotReadyError("the coordinator was started again and is asking the workers what they have")
 
     def _is_own(self, operation_id: str) -> bool:
         operation = self.operations.get(operation_id)

@@ -36,7 +36,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, parents: Sequence[str] | None = None) -> RunDirectory:
-        """Make a directory in the first of `parents` that is short enough, can be written and has space.
+        """Make a directory in the first of `parents` that is short and plain enough, can be written and has space.
 
         Directories that dead servers have left there are removed.
 
@@ -46,6 +46,9 @@ class RunDirectory:
         for parent in tried:
             # mkdtemp appends eight characters
             if len(os.fsencode(parent)) + 1 + len(PREFIX) + 8 > LONGEST_BYTES:
+                continue
+            # HAProxy's configuration has paths as they are
+            if any(letter.isspace() or letter in "\"'\\#$" for letter in parent):
                 continue
             with contextlib.suppress(OSError):
                 remove_stale(parent)
@@ -60,7 +63,8 @@ class RunDirectory:
                     shutil.rmtree(path, ignore_errors=True)
         raise UserError(
             "TMPDIR: a server needs a directory for its sockets and logs that it can write, that has"
-            f" {LEAST_FREE_BYTES >> 20} MiB free, and whose path has at most {LONGEST_BYTES - len(PREFIX) - 9} bytes;"
+            f" {LEAST_FREE_BYTES >> 20} MiB free, and whose path has at most {LONGEST_BYTES - len(PREFIX) - 9} bytes and no"
+            " blanks or quotes;"
             f" none of {', '.join(tried)} is one"
         )
 

@@ -98,6 +98,13 @@ def test_requests_before_the_first_epoch_are_refused() -> None:
         state.handle(RebalanceRequested(planner="auto"), 0.0)
 
 
+def test_a_restarted_coordinator_says_that_it_asks_the_workers() -> None:
+    sim = serving(2)
+    sim.restart_coordinator(flipped=0.0)
+    with pytest.raises(NotReadyError, match="asking the workers what they have"):
+        sim.state.handle(RebalanceRequested(planner="auto"), sim.now)
+
+
 def test_a_restarted_coordinator_keeps_those_that_still_load() -> None:
     sim = serving(2)
     sim.feed(ScaleRequested(workers=3))

@@ -62,6 +62,16 @@ def test_a_long_tmpdir_is_passed_over(tmp_path: Path, parent: Path, monkeypatch:
     made.remove()
 
 
+@pytest.mark.parametrize("name", ["a b", "a'b", "a#b", "a\\b"])
+def test_a_directory_whose_name_haproxy_cannot_read_is_passed_over(parent: Path, name: str) -> None:
+    odd = parent / name
+    odd.mkdir()
+    made = RunDirectory.create([str(odd), str(parent)])
+    assert made.path.parent == parent
+    made.remove()
+    abandon(made)
+
+
 def test_a_parent_that_is_not_there_is_passed_over(parent: Path) -> None:
     made = RunDirectory.create(["/no/such", str(parent)])
     assert made.path.parent == parent
