@@ -63,9 +63,8 @@ class RunDirectory:
                     shutil.rmtree(path, ignore_errors=True)
         raise UserError(
             "TMPDIR: a server needs a directory for its sockets and logs that it can write, that has"
-            f" {LEAST_FREE_BYTES >> 20} MiB free, and whose path has at most {LONGEST_BYTES - len(PREFIX) - 9} bytes and no"
-            " blanks or quotes;"
-            f" none of {', '.join(tried)} is one"
+            f" {LEAST_FREE_BYTES >> 20} MiB free, and whose path has at most {LONGEST_BYTES - len(PREFIX) - 9} bytes"
+            f" and no blanks or quotes; none of {', '.join(tried)} is one"
         )
 
     @property
