@@ -34,6 +34,11 @@ def counted(number: int, noun: str, nouns: str = "") -> str:
     return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
+def present(number: int, noun: str) -> str:
+    """That there is so much already, as a sentence: `there are 2 workers already`."""
+    return f"there {'is' if number == 1 else 'are'} {counted(number, noun)} already"
+
+
 def in_json(value: object) -> str:
     """A value in a message as JSON has it. What is long is cut."""
     if value is None or isinstance(value, bool):

@@ -11,7 +11,7 @@ from elastic_moe.cluster.facts.events import Command, LoadSeen, ScaleRequested
 from elastic_moe.cluster.facts.facts import ControlSettings, Facts
 from elastic_moe.cluster.facts.membership import Membership, WorkerRecord
 from elastic_moe.cluster.facts.operations import OperationLog
-from elastic_moe.cluster.lines import counted
+from elastic_moe.cluster.lines import counted, present
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import OperationKind, ScaleView, WorkerState
 from elastic_moe.cluster.placement import WorkerId
@@ -251,7 +251,7 @@ class Scaling:
         self.operation_id = operation.operation_id
         leaves = any(self._membership[worker].state is WorkerState.DRAINING for worker in facts.ranks)
         if len(facts.ranks) == target and not (leaves or facts.rests):
-            self._operations.complete(operation.operation_id, _there_are(target))
+            self._operations.complete(operation.operation_id, present(target, "worker"))
         return commands
 
     # --- Load ---------------------------------------------------------------------------------------------------
@@ -299,10 +299,6 @@ class Scaling:
         """Set all times by the clock of a restarted coordinator."""
         self._changed_at = self._busy_at = now
         self._samples.clear()
-
-
-def _there_are(workers: int) -> str:
-    return "there is 1 worker already" if workers == 1 else f"there are {workers} workers already"
 
 
 def _in_words(event: ScaleRequested) -> str:

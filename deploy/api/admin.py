@@ -18,11 +18,18 @@ from elastic_moe.actors.liveness import dry_run_timeout_s
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.facts.operations import new_operation_id
 from elastic_moe.cluster.lines import expected_engine
-from elastic_moe.cluster.messages.views import Operation, OperationKind, RebalancePreview, RoutingView, WorkerView
+from elastic_moe.cluster.messages.views import (
+    Operation,
+    OperationKind,
+    Readiness,
+    RebalancePreview,
+    RoutingView,
+    WorkerView,
+)
 from elastic_moe.cluster.placement import Placement, WorkerId
 from elastic_moe.deploy.api.http_io import naming
 from elastic_moe.deploy.api.service import Service
-from elastic_moe.deploy.backend.backend import Group
+from elastic_moe.deploy.backend.backend import LATER, Group
 from elastic_moe.deploy.bodies.schema import EnginesRequest, RebalanceRequest, ScaleRequest
 from elastic_moe.deploy.web.openapi import described, json_answer
 
@@ -165,11 +172,7 @@ def operation_json(operation: Operation) -> dict[str, Any]:
 async def engine_json(number: int, group: Group, *, retiring: bool) -> dict[str, Any]:
     """A group in a few words. Fields that nobody can tell now are null. `error`: why the group will never serve.
     `retiring`: it gives its requests away."""
-    state = await group.readiness()
-    body: dict[str, Any] = {"engine": number, "ready": state.ready, "reason": state.error or state.reason}
-    body["error"] = state.error
-    body["retiring"] = retiring
-    body |= dict.fromkeys(("workers", "target", "running", "waiting", "kv_usage"))
+    body = _engine_body(number, await group.readiness(), retiring=retiring)
     with contextlib.suppress(NotReadyError):
         scale = await group.ask(Coordinator.scaling)
         body |= {"workers": scale.serving, "target": scale.target}
@@ -180,9 +183,13 @@ async def engine_json(number: int, group: Group, *, retiring: bool) -> dict[str,
 
 
 def later_engine_json(number: int) -> dict[str, Any]:
-    """A group that has not begun to start: groups start a few at a time."""
-    reason = "waits until others have started"
-    body = {"engine": number, "ready": False, "reason": reason, "error": None, "retiring": False}
+    """A group that has not begun to start."""
+    return _engine_body(number, LATER, retiring=False)
+
+
+def _engine_body(number: int, state: Readiness, *, retiring: bool) -> dict[str, Any]:
+    body: dict[str, Any] = {"engine": number, "ready": state.ready, "reason": state.error or state.reason}
+    body |= {"error": state.error, "retiring": retiring}
     return body | dict.fromkeys(("workers", "target", "running", "waiting", "kv_usage"))
 
 

@@ -15,6 +15,9 @@ from elastic_moe.cluster.messages.requests import GenerateRequest, RequestId, To
 from elastic_moe.cluster.messages.views import EngineStatus, Readiness
 from elastic_moe.deploy.backend.request_stream import TakesTokens
 
+LATER = Readiness(ready=False, reason="waits until others have started")
+"""What is said of a group that has not begun to start, as groups start a few at a time."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Question = Callable[Concatenate[Coordinator, P], Coroutine[Any, Any, R]]

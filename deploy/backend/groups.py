@@ -25,7 +25,7 @@ from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line
 from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.lines import counted, expected_engine
 from elastic_moe.cluster.messages.views import Readiness
-from elastic_moe.deploy.backend.backend import P, Question, R, Requests
+from elastic_moe.deploy.backend.backend import LATER, P, Question, R, Requests
 from elastic_moe.deploy.backend.directory import Directory
 from elastic_moe.deploy.backend.ray_backend import RayBackend, task_failed
 from elastic_moe.deploy.backend.router import Router
@@ -180,8 +180,7 @@ class Groups:
 
     async def readiness(self) -> Readiness:
         states = [await group.readiness() for group in self._groups[: self._wanted]]
-        waiting = Readiness(ready=False, reason="waits until others have started")
-        return together(states + [waiting] * (self._wanted - len(states)))
+        return together(states + [LATER] * (self._wanted - len(states)))
 
     @property
     def can_wait(self) -> bool:

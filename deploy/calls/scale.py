@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic_moe.cluster.config import MOST_WORKERS
 from elastic_moe.cluster.errors import ConfigError, UserError
-from elastic_moe.cluster.lines import counted, expected_engine
+from elastic_moe.cluster.lines import counted, expected_engine, present
 from elastic_moe.cluster.setting import number_flag
 from elastic_moe.deploy.calls.requests import URL, message_of, request_with_key, server_url
 
@@ -101,7 +101,7 @@ def _scale_groups(url: str, api_key: str | None, number: int, *, wait: bool) -> 
     told = _call(f"{url}/admin/engines", api_key, {"data_parallel_size": number})
     before = told["data_parallel_size_before"]
     if before == number:
-        print("there is 1 group already" if number == 1 else f"there are {number} groups already")
+        print(present(number, "group"))
     else:
         print(f"from {counted(before, 'group')} to {number}")
     if wait:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "products/rows4.h"
+#include "products/rows8.h"
 
 #include <vector>
 
@@ -35,7 +36,7 @@ struct Floats8 : Bits16 {
     static void multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch);
 };
 
-// Weights in 8 bits, and the rows that they are multiplied with, in 16 bits (rows8.h).
+// Weights in 8 bits, and the rows that they are multiplied with, in 8 bits too (rows8.h).
 struct Bits8 {
     using Row = Row8;
     using Rows = Rows8;

@@ -84,11 +84,11 @@ void multiply4(const Row4* rows, int64_t number, int64_t groups, const Block& bl
                         if (TABLE) low[c] = at(table, low[c]), high[c] = at(table, high[c]);
                     }
                     for (int r = 0; r < R; ++r) {
-                        const Integers four = all_integers(a[r][group].four(2 * word));
+                        const Integers four = all_integers(four_bytes(a[r][group].values + 8 * word));
                         for (int c = 0; c < C; ++c) acc[r][c] = dot_bytes(acc[r][c], low[c], four);
                     }
                     for (int r = 0; r < R; ++r) {
-                        const Integers four = all_integers(a[r][group].four(2 * word + 1));
+                        const Integers four = all_integers(four_bytes(a[r][group].values + 8 * word + 4));
                         for (int c = 0; c < C; ++c) acc[r][c] = dot_bytes(acc[r][c], high[c], four);
                     }
                 }

@@ -5,8 +5,8 @@
 // K][64][2], followed by the scales [64].
 #pragma once
 
-#include "products/tiles8.h"
 #include "products/rows8.h"
+#include "products/tiles8.h"
 
 namespace emoe {
 
@@ -34,9 +34,7 @@ void whole_sums(const Group8* const* a, int64_t pairs, const int8_t* b, Register
             for (int c = 0; c < C; c += 2)
                 take_fours(load_integers(b + c * 2 * kLanes), load_integers(b + 2 * kPanel + c * 2 * kLanes), column[c], column[c + 1]);
             for (int r = 0; r < R; ++r) {
-                int32_t values;
-                std::memcpy(&values, a[r]->values + 2 * k, sizeof values);
-                const Integers four = all_integers(values);
+                const Integers four = all_integers(four_bytes(a[r]->values + 2 * k));
                 for (int c = 0; c < C; ++c) acc[r][c] = dot_bytes(acc[r][c], column[c], four);
             }
         }
@@ -92,7 +90,7 @@ void multiply8(const Row8* rows, int64_t group, int64_t pairs, const int8_t* wei
         for (int c = 0; c < C; ++c) {
             const Register scale = load_sum(scales + first + c * kLanes);
             for (int r = 0; r < R; ++r)
-                add_group(sums + r * kPanel + first + c * kLanes, times(total[r][c], scale), a[r]->scale, group > 0);
+                add_products(sums + r * kPanel + first + c * kLanes, times(total[r][c], scale), all_lanes(a[r]->scale), group > 0);
         }
     }
 }

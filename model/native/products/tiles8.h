@@ -75,7 +75,7 @@ inline void add_quarter(int quarter, int64_t count, const Row8* rows, int64_t gr
     for (int64_t r = begin; r < std::min(count, begin + 8); ++r) {
         const Integers low = load_integers(found[c][r]), high = load_integers(found[2 + c][r]);
         const Register sum = to_register(_mm512_add_epi32(low, _mm512_slli_epi32(high, 8)));
-        add_group(sums + r * kPanel + column, times(sum, scale), rows[r].groups[group].scale, group > 0);
+        add_products(sums + r * kPanel + column, times(sum, scale), all_lanes(rows[r].groups[group].scale), group > 0);
     }
 }
 

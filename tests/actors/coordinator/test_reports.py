@@ -73,14 +73,19 @@ def test_what_workers_of_a_node_did_is_added_up_on_the_way(tmp_path: Path, monke
     asyncio.run(story())
 
 
+def report_when_asked(monkeypatch: pytest.MonkeyPatch, *, poll_s: float) -> None:
+    """Have workers report their counts only where somebody asks, who waits for so long."""
+    monkeypatch.setattr(polling, "COUNTS_S", 3600.0)
+    monkeypatch.setattr(polling, "COUNTS_PER_WINDOW", 1e-3)
+    monkeypatch.setattr(polling.liveness, "POLL_S", poll_s)
+
+
 def test_who_asks_for_a_placement_gets_one_for_all_that_was_done_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reports come every five seconds otherwise, and a dry run behind a user's first requests said that nothing was
     counted."""
-    monkeypatch.setattr(polling, "COUNTS_S", 3600.0)
-    monkeypatch.setattr(polling, "COUNTS_PER_WINDOW", 1e-3)
-    monkeypatch.setattr(polling.liveness, "POLL_S", 0.2)
+    report_when_asked(monkeypatch, poll_s=0.2)
 
     async def story() -> None:
         async with running(tmp_path, workers=2) as (coordinator, fleet):
@@ -107,9 +112,7 @@ def test_a_report_that_comes_too_late_for_who_asked_still_counts(
 ) -> None:
     """Workers count anew from a report on, so what it tells would be lost: all of it, on a busy machine under `emoe
     top`, which asks each second."""
-    monkeypatch.setattr(polling, "COUNTS_S", 3600.0)
-    monkeypatch.setattr(polling, "COUNTS_PER_WINDOW", 1e-3)
-    monkeypatch.setattr(polling.liveness, "POLL_S", 0.05)
+    report_when_asked(monkeypatch, poll_s=0.05)
 
     async def story() -> None:
         async with running(tmp_path, workers=1) as (coordinator, fleet):

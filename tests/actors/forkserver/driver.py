@@ -57,9 +57,9 @@ def death_seen(actor: Any) -> float:
     raise AssertionError("the actor answers")
 
 
-def main() -> None:
+def start_ray(directory: str) -> None:
+    """Start a Ray of two cores, with its files in the directory."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    directory = sys.argv[1]
     ray.init(
         address="local",
         include_dashboard=False,
@@ -68,6 +68,11 @@ def main() -> None:
         logging_level=logging.ERROR,
         _temp_dir=directory,
     )
+
+
+def main() -> None:
+    directory = sys.argv[1]
+    start_ray(directory)
     actors, first = start(3)
     (server,) = {worker["parent"] for worker in first}
     psutil.Process(first[0]["pid"]).kill()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from elastic_moe.actors.forkserver import setup_worker
 from elastic_moe.actors.forkserver.request import NAME
 from elastic_moe.actors.forkserver.stages import command_of_models
 from elastic_moe.deploy.launch import ray_private
+from tests.actors.forkserver.driver import start_ray
 from tests.actors.forkserver.harness import wait
 
 AGE_S = 0.1
@@ -99,16 +99,9 @@ def answers(actors: list[Any]) -> int:
 
 
 def main() -> None:
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_register_timeout_seconds": "600"}
+    os.environ |= {"RAY_worker_register_timeout_seconds": "600"}
     ray_private.watch_starts()
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=2,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=sys.argv[1],
-    )
+    start_ray(sys.argv[1])
     wait(lambda: not starting())
     seen: dict[str, Any] = {}
     # more than the idle processes that Ray keeps; without help, two that are lost keep all others from starting
