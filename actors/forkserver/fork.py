@@ -11,6 +11,7 @@ from numpy import random
 
 from elastic_moe.actors.forkserver.origin import note_fork
 from elastic_moe.actors.forkserver.request import (
+    DESCRIPTORS,
     GO,
     Answer,
     Request,
@@ -20,6 +21,7 @@ from elastic_moe.actors.forkserver.request import (
     receive_request,
     send,
 )
+from elastic_moe.actors.forkserver.setup_worker import be_watched
 
 _OF_NO_IMPORT = ("_", "OLDPWD", "PWD", "SHLVL", "RAY_JOB_ID")
 """Variables that a shell sets for itself, and one that Ray reads when a worker begins: no import reads them."""
@@ -79,11 +81,13 @@ def take_over(request: Request, descriptors: list[int]) -> None:
     for number, descriptor in enumerate(descriptors[:3]):
         os.dup2(descriptor, number)
     os.fchdir(descriptors[3])
-    for descriptor in descriptors:
+    for descriptor in descriptors[: DESCRIPTORS[0]]:
         os.close(descriptor)
     os.umask(request.umask)
     os.environ.clear()
     os.environ.update(request.environment)
+    for descriptor in descriptors[DESCRIPTORS[0] :]:
+        be_watched(os.environ, descriptor)
     name_process(os.path.basename(sys.executable))
     sys.argv[:] = request.arguments
     sys.orig_argv[:] = [sys.executable, *request.arguments]

@@ -31,7 +31,7 @@ from elastic_moe.actors.forkserver.request import (
     send,
     surroundings,
 )
-from elastic_moe.actors.forkserver.setup_worker import WatchedApart, dismiss
+from elastic_moe.actors.forkserver.setup_worker import WatchedApart
 
 WAIT_S = 20.0
 """Seconds in which a fork must have answered, the server's imports included. Then this process starts as usual."""
@@ -64,9 +64,9 @@ def main(search_path: list[str], arguments: list[str], stages: Sequence[tuple[st
     search_path: where Python looks for modules, before this project changed that. arguments: the script that Ray runs,
     and its own. stages: as in `command`.
     """
-    with WatchedApart(os.environ):
+    with WatchedApart(os.environ) as watcher:
         try:
-            hand_over(search_path, arguments, [Stage(*stage) for stage in stages], time.monotonic() + WAIT_S)
+            hand_over(search_path, arguments, [Stage(*stage) for stage in stages], time.monotonic() + WAIT_S, watcher)
         except (OSError, ValueError, Refused) as error:
             refusal = str(error) or type(error).__name__
         else:
@@ -74,14 +74,19 @@ def main(search_path: list[str], arguments: list[str], stages: Sequence[tuple[st
     if refusal:
         note_start(os.environ, refusal)
         os.execv(sys.executable, [sys.executable, *arguments])
-    # the script that the fork runs has left a watcher of its own
-    dismiss(os.environ)
-    # not by sys.exit: nothing of this process is to be undone
+    # The watcher of this process is the fork's now. Not by sys.exit: nothing of this process is to be undone
     os._exit(0)
 
 
-def hand_over(search_path: list[str], arguments: list[str], stages: Sequence[Stage], deadline: float) -> int:
-    """Returns the process id of the fork that runs the script now. deadline: as time.monotonic() tells.
+def hand_over(
+    search_path: list[str],
+    arguments: list[str],
+    stages: Sequence[Stage],
+    deadline: float,
+    watcher: int | None = None,
+) -> int:
+    """Returns the process id of the fork that runs the script now. deadline: as time.monotonic() tells. watcher: the
+    descriptor by which the watcher of this process is told that it may end; it is for the fork to say.
 
     Raises Refused, or OSError or ValueError where the server does not answer as it should: then no fork runs.
     """
@@ -97,7 +102,7 @@ def hand_over(search_path: list[str], arguments: list[str], stages: Sequence[Sta
             process_group=os.getpgid(0),
             umask=umask,
         )
-        send(connection, request, [0, 1, 2, directory])
+        send(connection, request, [0, 1, 2, directory, *([] if watcher is None else [watcher])])
         answer = _answer(connection, deadline)
         if answer.refusal:
             raise Refused(answer.refusal)

@@ -1,6 +1,7 @@
 """What a launcher and a fork of the server say to each other, over a connection on one machine.
 
-    launcher -> fork   Request, with the descriptors of standard input, output and error and of the current directory
+    launcher -> fork   Request, with the descriptors of standard input, output and error, of the current directory, and
+                       of the watcher's pipe where a watcher stands by (setup_worker.py)
     fork -> launcher   Answer: yes, or why not
     launcher -> fork   GO. A fork that does not get it ends: a launcher that waits no longer starts Python itself.
 
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 GO = b"go"
 NAME = "emoe-forkserver"
 """What a fork server calls itself: who lists processes sees it."""
-DESCRIPTORS = 4
+DESCRIPTORS = (4, 5)
+"""Without a watcher, and with one."""
 MOST_BYTES = 4 << 20
 """Of a request. An environment with its arguments has 2 MB at most on Linux, unless a limit was raised."""
 _LENGTH = struct.Struct("<I")
@@ -135,9 +137,9 @@ def send(connection: socket.socket, value: Request | Answer, descriptors: list[i
 def receive_request(connection: socket.socket) -> tuple[Request, list[int]]:
     """The request and its descriptors. Raises OSError where the connection ends or is late, and ValueError where
     something else comes."""
-    first, descriptors, _, _ = socket.recv_fds(connection, 1, DESCRIPTORS)
-    if len(descriptors) != DESCRIPTORS:
-        raise ValueError(f"expected {DESCRIPTORS} descriptors, got {len(descriptors)}")
+    first, descriptors, _, _ = socket.recv_fds(connection, 1, max(DESCRIPTORS))
+    if len(descriptors) not in DESCRIPTORS:
+        raise ValueError(f"expected {DESCRIPTORS[0]} or {DESCRIPTORS[1]} descriptors, got {len(descriptors)}")
     return _made(Request, _value(connection, first)), descriptors
 
 

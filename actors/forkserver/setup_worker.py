@@ -11,8 +11,11 @@ A raylet starts a process in one of two ways, and both begin here, the second by
     default_worker.py ...                    the worker itself
 
 The raylet finds the first script by its name, and leaves it out where there is nothing to prepare, so each of ours has
-the name of Ray's. Before the watcher stands by, nothing is imported that Python has not imported for itself: what ends
-earlier, within the 20 ms in which an idle machine starts Python, is noticed by the raylet's time limit alone.
+the name of Ray's. A watcher stays until somebody says that the process has registered or has a newer watcher, or until
+all processes have ended that could say it: so a program that the first one becomes, or a fork that stands for it, is
+watched from its beginning. Before the first watcher stands by, nothing is imported that Python has not imported for
+itself: what ends earlier, within the 20 ms in which an idle machine starts Python, is noticed by the raylet's time
+limit alone.
 """
 
 from __future__ import annotations
@@ -41,8 +44,7 @@ def main(name: str) -> None:
     tell = stand_by(os.environ)
     if tell is not None and name == SCRIPTS[0]:
         # another program goes on in this process, or has another process go on
-        os.set_inheritable(tell, True)
-        os.environ[_VARIABLE] = str(tell)
+        be_watched(os.environ, tell, by_programs=True)
     elif tell is not None:
         _tell_when_connected(tell)
     import runpy
@@ -103,7 +105,8 @@ def stand_by(environment: MutableMapping[str, str]) -> int | None:
             dismiss(environment)
             return tell
         os.close(tell)
-        environment.pop(_VARIABLE, None)
+        # as the process does: it may end before
+        dismiss(environment)
         with open("/proc/self/comm", "w") as file:
             file.write(NAME)
         if not _ends_early(watched, told, int(raylet)):
@@ -116,8 +119,15 @@ def stand_by(environment: MutableMapping[str, str]) -> int | None:
     return None
 
 
+def be_watched(environment: MutableMapping[str, str], descriptor: int, *, by_programs: bool = False) -> None:
+    """Have the watcher that this descriptor reaches dismissed by whoever has this environment next. by_programs: which
+    this process becomes or starts."""
+    os.set_inheritable(descriptor, by_programs)
+    environment[_VARIABLE] = str(descriptor)
+
+
 def dismiss(environment: MutableMapping[str, str]) -> None:
-    """End the watcher of a process whose work another one does now, and which has a watcher of its own."""
+    """End the watcher of a process that has another one now."""
     if (descriptor := environment.pop(_VARIABLE, "")).isdigit():
         _say(int(descriptor))
 
@@ -132,14 +142,16 @@ def _say(descriptor: int) -> None:
 
 
 class WatchedApart:
-    """Meanwhile nothing that this process starts, or hands its environment to, knows of its watcher."""
+    """Meanwhile nothing that this process starts, or hands its environment to, knows of its watcher. Gives the
+    descriptor that reaches it, or None where there is none."""
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
         self._environment = environment
         self._descriptor: str | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> int | None:
         self._descriptor = self._environment.pop(_VARIABLE, None)
+        return None if self._descriptor is None else int(self._descriptor)
 
     def __exit__(self, *_: object) -> None:
         if self._descriptor is not None:
@@ -161,8 +173,8 @@ def _forked() -> bool:
 
 
 def _ends_early(watched: int, told: int, raylet: int) -> bool:
-    """Wait until the process says that it has registered or that another one goes on, or has ended, or the raylet has.
-    Returns whether the process has ended before. Closes the descriptors."""
+    """Wait until this watcher is told that it may end, or the raylet has ended, or the process has and all others that
+    could tell it. Returns whether it is the last. Closes the descriptors."""
     import select
 
     try:
@@ -173,17 +185,17 @@ def _ends_early(watched: int, told: int, raylet: int) -> bool:
     poll.register(watched, select.POLLIN)
     poll.register(parent, select.POLLIN)
     poll.register(told, select.POLLIN)
+    running = {watched, told}
     try:
-        while True:
+        while running:
             ready = {descriptor for descriptor, _ in poll.poll()}
-            if told in ready and os.read(told, len(_TOLD)):
+            if parent in ready or (told in ready and os.read(told, len(_TOLD))):
                 return False
-            if parent in ready:
-                return False
-            if watched in ready:
-                return True
-            # nobody is left who could say it
-            poll.unregister(told)
+            # the pipe is at its end where nobody is left who could write
+            for descriptor in running & ready:
+                poll.unregister(descriptor)
+            running -= ready
+        return True
     finally:
         for descriptor in (watched, told, parent):
             os.close(descriptor)

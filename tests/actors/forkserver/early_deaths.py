@@ -25,9 +25,9 @@ from elastic_moe.deploy.launch import ray_private
 from tests.actors.forkserver.driver import start_ray
 from tests.actors.forkserver.harness import wait
 
-AGE_S = 0.1
-"""Age at which a process is killed: Python has started, and what Ray imports takes longer. Forks have imported all, and
-are killed as soon as they are seen."""
+LIBRARY = "_raylet.so"
+"""A process is killed when it has loaded this: a watcher stands by then, and it has not registered yet. Forks have
+loaded it, and are killed as soon as they are seen."""
 
 
 class Actor:
@@ -42,13 +42,13 @@ def raylet() -> psutil.Process:
 
 def starting() -> list[psutil.Process]:
     """The raylet's children that have not registered, apart from its agents, which rename themselves like workers."""
-    return [child for child in raylet().children() if b"--worker-id" in command_line(child)]
+    return [child for child in raylet().children() if "--worker-id" in read(child, "cmdline")]
 
 
 def forks() -> list[psutil.Process]:
     """The fork server's children that have not registered."""
     children = [child for server in servers() for child in server.children()]
-    return [child for child in children if not command_line(child).startswith(b"ray::")]
+    return [child for child in children if not read(child, "cmdline").startswith("ray::")]
 
 
 @cache
@@ -57,10 +57,11 @@ def servers() -> list[psutil.Process]:
     return list(ours(NAME))
 
 
-def command_line(process: psutil.Process) -> bytes:
+def read(process: psutil.Process, file: str) -> str:
+    """A file of /proc about the process; empty where that has gone."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{process.pid}/cmdline").read_bytes()
-    return b"ray::"
+        return Path(f"/proc/{process.pid}/{file}").read_text(errors="replace")
+    return ""
 
 
 def ours(name: str = "") -> Iterator[psutil.Process]:
@@ -72,14 +73,13 @@ def ours(name: str = "") -> Iterator[psutil.Process]:
                 yield process
 
 
-def killing(find: Callable[[], list[psutil.Process]], number: int, age_s: float = AGE_S) -> int:
+def killing(find: Callable[[], list[psutil.Process]], number: int) -> int:
     """Kill so many processes soon after they have begun. Returns how many died."""
-    killed, first_seen = set[psutil.Process](), dict[psutil.Process, float]()
+    killed = set[psutil.Process]()
     deadline = time.monotonic() + 20
     while len(killed) < number and time.monotonic() < deadline:
         for process in find():
-            age = time.monotonic() - first_seen.setdefault(process, time.monotonic())
-            if process not in killed and age >= age_s:
+            if process not in killed and LIBRARY in read(process, "maps"):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
                     killed.add(process)
@@ -94,7 +94,7 @@ def start(number: int, **options: Any) -> list[Any]:
 
 def answers(actors: list[Any]) -> int:
     """Number of actors that answer before long."""
-    ready, _ = ray.wait([actor.pid.remote() for actor in actors], num_returns=len(actors), timeout=20)
+    ready, _ = ray.wait([actor.pid.remote() for actor in actors], num_returns=len(actors), timeout=40)
     return len(set(ray.get(ready)))
 
 
@@ -111,7 +111,7 @@ def main() -> None:
     actors = start(2, **forked)
     seen["preparing"] = (killing(starting, 2), answers(actors))
     actors = start(2, **forked)
-    seen["forked"] = (killing(forks, 2, age_s=0), answers(actors))
+    seen["forked"] = (killing(forks, 2), answers(actors))
     time.sleep(1)
     seen["watchers"] = len(list(ours(setup_worker.NAME)))
     sys.stdout.write(json.dumps(seen) + "\n")

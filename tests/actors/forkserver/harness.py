@@ -68,7 +68,7 @@ class Node:
         """Start a server that imports nothing, and wait until it listens."""
         # of one that was killed
         self.path.unlink(missing_ok=True)
-        process = self._start(command_of(bare_server, str(self.path), str(idle_s)))
+        process = self.start(command_of(bare_server, str(self.path), str(idle_s)))
         wait(self.path.exists)
         return process
 
@@ -77,13 +77,13 @@ class Node:
     ) -> subprocess.Popen[str]:
         """Start a worker as Ray does."""
         arguments = self.arguments(report, *rest)
-        return self._start(["bash", "-c", f"exec {launcher.command(stages)} {' '.join(arguments)}"], **environment)
+        return self.start(["bash", "-c", f"exec {launcher.command(stages)} {' '.join(arguments)}"], **environment)
 
     def plain(self, report: Path, *rest: str) -> subprocess.Popen[str]:
         """The same without a launcher."""
-        return self._start(["bash", "-c", f"exec {sys.executable} {' '.join(self.arguments(report, *rest))}"])
+        return self.start(["bash", "-c", f"exec {sys.executable} {' '.join(self.arguments(report, *rest))}"])
 
-    def _start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
+    def start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             command,
             env=self.environment | environment,
