@@ -57,7 +57,8 @@ after WAITING_FOR_RESOURCES_S in any case.
     API              a process that makes prompts, compiles   STOPPED_S, or BLOCKED_S without   it is ended, and another
                      grammars or reads large requests; the    work (actors/stillness.py), seen  one is asked
                      one that forks it; such one to start     every HELPER_LOOK_S
-    coordinator      a planner that is stopped                STOPPED_S                         the same
+    coordinator      a planner, or a process that describes   STOPPED_S                         the same
+                     the model, that is stopped
 """
 
 from __future__ import annotations

@@ -163,8 +163,10 @@ def test_where_all_processes_are_stopped_again_and_again_a_request_ends(
     async def stop() -> None:
         while True:
             for child in set(psutil.Process().children(recursive=True)) - before:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.suspend()
+                with contextlib.suppress(psutil.Error):
+                    # one that is not another Python yet is waited for by its parent
+                    if "tokenizer_process" in " ".join(child.cmdline()):
+                        child.suspend()
             await asyncio.sleep(0.005)
 
     async def work() -> None:
