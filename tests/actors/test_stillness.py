@@ -74,6 +74,7 @@ def test_one_that_is_stopped_is_found_and_one_that_is_stopped_for_a_moment_is_no
     assert process.wait(10) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [SLEEPS, WAITS_FOR_A_CHILD])
 def test_one_that_waits_for_good_is_found_unless_it_may(start: Start, code: str) -> None:
     process = start(code)
@@ -81,6 +82,7 @@ def test_one_that_waits_for_good_is_found_unless_it_may(start: Start, code: str)
     assert not looks(Watch(process.pid, may_wait=True), 1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [LOOPS, WORKS_IN_A_THREAD])
 def test_one_that_gets_little_of_the_processor_is_not(start: Start, code: str) -> None:
     core = {min(os.sched_getaffinity(0))}
