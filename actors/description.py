@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 
+from elastic_moe.actors.stillness import TRIES, ended_if_still
 from elastic_moe.cluster.errors import CheckpointError, EmoeError
 from elastic_moe.cluster.interpreter import command_of, no_collection
 from elastic_moe.cluster.messages.epochs import ModelInfo
@@ -21,20 +22,36 @@ def describe(model_dir: str) -> ModelInfo:
 
     Raises CheckpointError as `open_checkpoint` does, and EmoeError where the process fails.
     """
-    ended = subprocess.run(
-        command_of(main, model_dir),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        check=False,
-        # Ctrl-C is meant for this process, which then ends the other one
-        start_new_session=True,
-    )
-    if ended.returncode:
-        raise EmoeError(f"{model_dir}: the process that reads its description ended with code {ended.returncode}")
-    said: ModelInfo | CheckpointError = pickle.loads(ended.stdout)
+    code, answer = 0, b""
+    for _ in range(TRIES):
+        code, answer, stood_still = _run(model_dir)
+        if not stood_still:
+            break
+    if code:
+        raise EmoeError(f"{model_dir}: the process that reads its description ended with code {code}")
+    said: ModelInfo | CheckpointError = pickle.loads(answer)
     if isinstance(said, CheckpointError):
         raise said
     return said
+
+
+def _run(model_dir: str) -> tuple[int, bytes, bool]:
+    """The exit code of the process, its answer, and whether it was ended because it was stopped."""
+    process = subprocess.Popen(
+        command_of(main, model_dir),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        # Ctrl-C is meant for this process, which then ends the other one
+        start_new_session=True,
+    )
+    # a disk may be slow: it may wait
+    with process, ended_if_still(process, may_wait=True) as ended:
+        try:
+            answer, _ = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, answer, ended.why is not None
 
 
 def main() -> None:

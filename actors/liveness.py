@@ -54,6 +54,11 @@ after WAITING_FOR_RESOURCES_S in any case.
     API              the coordinator, when it checks in       CHECK_IN_S, then HANG_S           it checks in again
     coordinator      an API replica, when the server stops    AWAY_S                            it waits for it no more
     API              any other answer                         CALL_TIMEOUT_S                    the request has failed
+    API              a process that makes prompts, compiles   STOPPED_S, or BLOCKED_S without   it is ended, and another
+                     grammars or reads large requests; the    work (actors/stillness.py), seen  one is asked
+                     one that forks it; such one to start     every HELPER_LOOK_S
+    coordinator      a planner, or a process that describes   STOPPED_S                         the same
+                     the model, that is stopped
 """
 
 from __future__ import annotations
@@ -144,3 +149,12 @@ AWAY_S = 10.0
 """Seconds without a check-in after which an API replica is gone. While the server stops they begin with the stop."""
 HANG_S = 10.0
 """Seconds without a sign of life after which a coordinator that answered before is taken to hang."""
+
+# --- Helper processes -----------------------------------------------------------------------------------------------
+
+HELPER_LOOK_S = 0.5
+"""Seconds between two looks at a process for which a request waits."""
+STOPPED_S = 5.0
+"""Seconds for which it may be stopped. Whatever stops a whole server for longer stops whoever looks as well."""
+BLOCKED_S = 30.0
+"""Seconds for which it may neither use the processor, nor wait for it, nor bring in a page."""

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, BinaryIO
 
+from elastic_moe.actors.stillness import ended_if_still
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.interpreter import command_of
 from elastic_moe.optimizer import PlacementProblem, PlanResult, plan
@@ -75,12 +76,16 @@ def _ask(process: subprocess.Popen[bytes], question: Iterable[bytes | memoryview
     """The answer; what it is worth, the process's exit status says. Blocks."""
     assert process.stdin is not None
     assert process.stdout is not None
-    with suppress(BrokenPipeError), process.stdin as stdin:
-        for part in question:
-            stdin.write(part)
-    with process.stdout as stdout:
-        answer = stdout.read()
-    process.wait()
+    # a solver may be a process of its own, for which it waits
+    with ended_if_still(process, may_wait=True) as ended:
+        with suppress(BrokenPipeError), process.stdin as stdin:
+            for part in question:
+                stdin.write(part)
+        with process.stdout as stdout:
+            answer = stdout.read()
+        process.wait()
+    if ended.why is not None:
+        logger.warning("a planner's process was ended: %s", ended.why)
     return answer
 
 

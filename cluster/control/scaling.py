@@ -289,6 +289,7 @@ class Scaling:
         for worker in facts.ranks if facts.serves else ():
             if not facts.records[worker].retired:
                 self._membership.keep(worker)
+                self._operations.stays(worker)
         _, most = limits_of_target(self._settings, self._model)
         target = max(1, min(self._awake, most))
         asked = f"to {counted(target, 'worker')}"

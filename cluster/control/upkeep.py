@@ -29,8 +29,11 @@ class Upkeep:
         """Start workers and begin a change if the cluster is not as it should be."""
         if self._owners.starts.fatal:
             return []
-        for worker in reconcile.kept(self._owners.facts):
+        facts = self._owners.facts
+        go = [worker for worker in facts.ranks if not facts.records[worker].alive or facts.records[worker].retired]
+        for worker in reconcile.kept(facts):
             self._owners.membership.keep(worker)
+            self._owners.operations.stays(worker, go)
         if draining.may_rest(self._owners.facts):
             return self._rest(now)
         nodes = self._spread(now)

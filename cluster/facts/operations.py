@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 
 from elastic_moe.cluster.errors import ConflictError
@@ -76,6 +77,14 @@ class OperationLog:
     def note_error(self, operation_id: str, error: str) -> None:
         """An attempt failed with this error, and the operation continues."""
         self._operations[operation_id] = replace(self._operations[operation_id], error=error)
+
+    def stays(self, worker: WorkerId, go: Sequence[WorkerId] = ()) -> None:
+        """A worker that was to leave stays. go: workers that are lost or must leave; one goes in its place."""
+        for operation_id, operation in self._operations.items():
+            if worker in operation.retiring:
+                instead = [name for name in go if name not in operation.retiring][:1]
+                others = [name for name in operation.retiring if name != worker]
+                self._operations[operation_id] = replace(operation, retiring=(*others, *instead))
 
     def complete(self, operation_id: str, reason: str) -> None:
         self.advance(operation_id, phase=Phase.COMPLETED, reason=reason)

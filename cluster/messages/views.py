@@ -95,7 +95,8 @@ class Operation:
     asked: str = ""
     """What the request asked for, in words. A second request with the same id must have the same words."""
     retiring: tuple[WorkerId, ...] = ()
-    """Workers that leave in this operation."""
+    """Workers that leave in this operation. Where another one is lost, or its node leaves, a worker that was to leave
+    may stay; then the other one is named in its place."""
     progress: float = 0.0
     """0..1, coarse. It steps back when an attempt failed and is made again."""
     safe_to_terminate: bool = False

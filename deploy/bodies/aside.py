@@ -11,6 +11,7 @@ parent, whose pipe it reads. There are two such processes, one of them for huge 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pickle
@@ -25,7 +26,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
-from elastic_moe.cluster.errors import RequestError
+from elastic_moe.actors.stillness import TRIES, StandsStill, ended_if_still
+from elastic_moe.cluster.errors import NotReadyError, RequestError
 from elastic_moe.cluster.interpreter import command_of
 from elastic_moe.deploy.bodies import json_text
 
@@ -40,7 +42,7 @@ GROWTH_BYTES = 256 * 2**20
 """Growth after which a process is replaced."""
 HUGE_BYTES = 2**20
 CALL_S = 120.0
-"""Seconds after which a call is ended together with its process."""
+"""Seconds of processor time after which a call is ended together with its process."""
 LOOK_S = 0.5
 PIECE_BYTES = 2**17
 """Token ids are read in pieces of this size: to copy millions at once holds Python's lock for long."""
@@ -93,11 +95,13 @@ class _Lane:
         self.process: subprocess.Popen[bytes] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
         self._knows_tokenizer = False
+        self._closed = False
 
     async def call(self, name: str, *args: object) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, name, *args)
 
     def close(self) -> None:
+        self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self.process is not None:
             self.process.kill()
@@ -107,30 +111,44 @@ class _Lane:
     # --- In the thread ------------------------------------------------------------------------------------------
 
     def _answer(self, name: str, *args: object) -> Any:
-        if name != "parse" and not self._knows_tokenizer:
-            assert self.tokenizer is not None
-            self._ask("use", self.tokenizer())
-            self._knows_tokenizer = True
-        return self._ask(name, *args)
+        """What the call returns or raises. A process that stands still is replaced, and the call repeated; so is one
+        that dies, but once, since the call may be the cause."""
+        deaths = stills = 0
+        while not self._closed:
+            try:
+                if name != "parse" and not self._knows_tokenizer:
+                    assert self.tokenizer is not None
+                    self._ask("use", self.tokenizer())
+                    self._knows_tokenizer = True
+                return self._ask(name, *args)
+            except StandsStill as why:
+                stills += 1
+                logger.warning("the process for large requests is replaced: %s", why)
+                if stills == TRIES:
+                    raise NotReadyError(f"the processes for large requests stand still, the last one: {why}") from None
+            except TimeoutError:
+                break
+            except EOFError:
+                deaths += 1
+                logger.warning("the process for large requests has died; another one is started")
+                if deaths > 1:
+                    break
+        raise RequestError("the request takes too much memory or time to be read", code="request_too_large")
 
     def _ask(self, name: str, *args: object) -> Any:
+        """Raises StandsStill, TimeoutError or EOFError where the process has ended without an answer, and why."""
         process = self.process = self.process or _start()
         assert process.stdin is not None
         assert process.stdout is not None
-        watch = threading.Timer(CALL_S, process.kill)
-        watch.start()
-        try:
+        answer = None
+        # it may end in the middle of an answer
+        broken = contextlib.suppress(OSError, EOFError, struct.error, pickle.UnpicklingError)
+        with ended_if_still(process, processor_s=CALL_S) as ended, broken:
             _write(process.stdin, (name, *args))
             answer = _read(process.stdout)
-        except (OSError, EOFError, struct.error, pickle.UnpicklingError):
-            # it may end in the middle of an answer
-            answer = None
-        finally:
-            watch.cancel()
         if answer is None:
             self._end()
-            logger.warning("the process for large requests has died; another one is started for the next request")
-            raise RequestError("the request takes too much memory or time to be read", code="request_too_large")
+            raise ended.why or EOFError
         value, error, last = answer
         if last:
             self._end()

@@ -44,6 +44,7 @@ from elastic_moe.deploy.launch.supervision import TRY_AGAIN, Phase
 from elastic_moe.deploy.launch.supervisor import Report, supervised
 from elastic_moe.deploy.text.tokenizer_process import TokenizerProcess
 from elastic_moe.deploy.tools.form import check_parsers
+from elastic_moe.model.native.segments import remove_stale
 from elastic_moe.optimizer.core.solvers import missing
 
 logger = logging.getLogger(__name__)
@@ -81,12 +82,18 @@ def serve(config: ServeConfig) -> int:
     if config.address is None:
         check_shared_memory()
         check_threads(config.data_parallel_size * config.workers)
+    remove_stale()
     directory = RunDirectory.create()
+
+    def clean_up() -> None:
+        directory.remove()
+        remove_stale()
+
     return supervised(
         lambda report: _main(config, directory, report),
         local=config.address is None,
         stop_s=config.shutdown_timeout + 4 * END_TIMEOUT_S + DRAIN_ANSWER_S,
-        clean_up=directory.remove,
+        clean_up=clean_up,
         last_words=lambda: _last_words(directory.path / NATIVE_OUTPUT),
     )
 

@@ -2,8 +2,8 @@
 
 Everything that a local server writes lies in it: Ray's session with its sockets and logs, HAProxy's files, and
 temporary files of its processes. Only its owner may enter it (mode 0700), so that nobody else can replace a socket. The
-server holds a lock on it while it runs. A directory whose lock nobody holds was left behind, and the next server
-removes it.
+server holds a lock on the directory itself while it runs. One that nobody has locked was left behind, by a server that
+was killed at whatever moment, and the next server removes it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from pathlib import Path
 
 from elastic_moe.cluster.errors import UserError
 
-PREFIX = "emoe-"
+PREFIX = "emoe."
 LONGEST_BYTES = 36
 """Most bytes of the path. A socket's path has at most 107 bytes, of which Ray needs the rest: it appends
 `/session_DATE_TIME_PID/sockets/plasma_store` to `ray`."""
 LEAST_FREE_BYTES = 64 << 20
 """Free space that the logs of Ray and Serve need at least."""
-_LOCK = "lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDirectory:
     path: Path
     lock: int
-    """File descriptor that holds the lock. Forked processes hold the lock too."""
+    """File descriptor of the directory, which holds the lock. Forked processes hold the lock too."""
 
     @classmethod
     def create(cls, parents: Sequence[str] | None = None) -> RunDirectory:
@@ -54,13 +53,14 @@ class RunDirectory:
                 remove_stale(parent)
                 if shutil.disk_usage(parent).free < LEAST_FREE_BYTES:
                     continue
-                path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+                path, lock = _make_locked(parent)
                 try:
-                    made = cls(path=path, lock=_locked(path))
+                    made = cls(path=path, lock=lock)
                     made.temporary.mkdir(mode=0o700)
                     return made
                 except OSError:
                     shutil.rmtree(path, ignore_errors=True)
+                    os.close(lock)
         raise UserError(
             "TMPDIR: a server needs a directory for its sockets and logs that it can write, that has"
             f" {LEAST_FREE_BYTES >> 20} MiB free, and whose path has at most {LONGEST_BYTES - len(PREFIX) - 9} bytes"
@@ -85,13 +85,11 @@ def remove_stale(parent: str) -> None:
     """Remove the directories in `parent` that belong to this user and whose server has ended."""
     for path in Path(parent).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
-            if path.is_symlink() or path.stat().st_uid != os.geteuid():
-                continue
-            # a directory without a lock file is not ours, or is being made
-            lock = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                if os.fstat(lock).st_uid == os.geteuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(lock)
 
@@ -101,10 +99,14 @@ def _parents() -> list[str]:
     return [*named, "/tmp", "/var/tmp", "/dev/shm"]
 
 
-def _locked(directory: Path) -> int:
-    """Lock the lock file of `directory`. It gets its name after it is locked, so that nobody can find it unlocked."""
-    made = directory / f"{_LOCK}.new"
-    lock = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    made.rename(directory / _LOCK)
-    return lock
+def _make_locked(parent: str) -> tuple[Path, int]:
+    """A new directory, and the descriptor that locks it."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        # another server may take it for a dead one's before it is locked
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return path, lock
+            os.close(lock)

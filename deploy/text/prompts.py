@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
-from elastic_moe.actors.remote.calls import within
-from elastic_moe.cluster.errors import RequestError
+from elastic_moe.actors.stillness import TRIES, StandsStill, Watch, while_it_works
+from elastic_moe.cluster.errors import NotReadyError, RequestError, UserError
 from elastic_moe.cluster.messages.grammars import Grammar
 from elastic_moe.deploy.text.grammar_check import GRAMMAR_S, GrammarCheck
 from elastic_moe.deploy.text.tokenizer import Tokenizer
-from elastic_moe.deploy.text.tokenizer_process import HEADER, TokenizerProcess, limits_in_words
+from elastic_moe.deploy.text.tokenizer_process import HEADER, TokenizerProcess, call_s, limits_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ SHORT_BYTES = 1 << 16
 """Size up to which a prompt counts as short."""
 SHORT_SEATS, LONG_SEATS, GRAMMAR_SEATS = 2, 1, 1
 """Number of short prompts, of long prompts and of grammars that are worked on at a time. None holds up the others."""
-WALL_S = 120.0
-"""Most seconds to wait for a prompt. The usual limit is processor time, which takes far longer on a busy machine."""
 LARGE_BYTES = 1 << 20
 """Size of input above which a process is not used again, because it would keep the memory."""
 
@@ -110,7 +109,7 @@ class BoundedPrompts:
 
     async def fault_of_grammar(self, grammar: Grammar) -> str | None:
         payload = msgspec.json.encode(["fault_of_grammar", {"kind": grammar.kind, "text": grammar.text}])
-        answer = await self._ask(payload, self._grammars)
+        answer = await self._ask(payload, self._grammars, GRAMMAR_S)
         if answer is None:
             logger.warning("a grammar was given up: it is not compiled within %.0f s of processor time", GRAMMAR_S)
             return f"it is not compiled within {GRAMMAR_S:.0f} s of processor time; make it simpler"
@@ -119,7 +118,8 @@ class BoundedPrompts:
 
     async def _call(self, param: str, method: str, **arguments: Any) -> Any:
         payload = msgspec.json.encode([method, arguments])
-        answer = await self._ask(payload, self._short if len(payload) <= SHORT_BYTES else self._long)
+        seats = self._short if len(payload) <= SHORT_BYTES else self._long
+        answer = await self._ask(payload, seats, call_s(len(payload)))
         what = "the chat template" if method == "render_chat" else "the tokenizer"
         if answer is None:
             logger.warning("a prompt was given up, because it needs more than %s", limits_in_words(len(payload)))
@@ -134,21 +134,37 @@ class BoundedPrompts:
             raise RequestError(refused["message"], param=refused["param"], code=refused["code"])
         return answer["value"]
 
-    async def _ask(self, payload: bytes, seats: asyncio.Semaphore) -> dict[str, Any] | None:
-        """A process's answer to a call; None where it was given up."""
+    async def _ask(self, payload: bytes, seats: asyncio.Semaphore, limit_s: float) -> dict[str, Any] | None:
+        """A process's answer to a call; None where it was given up. limit_s: processor time at which a process ends.
+
+        A process that stands still is ended, and another one is asked, since the answer depends on the call alone. So
+        is one more where a process has died too early for that limit: perhaps somebody else has ended it.
+        Raises NotReadyError where no process answers.
+        """
+        stills = deaths = 0
         async with seats:
-            worker = await self._worker()
-            answer = None
-            try:
-                answer = await within(worker.ask(payload), WALL_S)
-            except (OSError, EOFError, TimeoutError):
-                pass  # EOFError: the process has ended, mostly by the limit on its processor time
-            finally:
-                if answer is None or len(payload) > LARGE_BYTES:
-                    worker.close()
-                else:
-                    self._idle.append(worker)
-        return answer
+            while True:
+                worker, began = await self._worker(), time.monotonic()
+                answer = None
+                try:
+                    answer = await worker.ask(payload)
+                    return answer
+                except StandsStill as why:
+                    stills += 1
+                    logger.warning("a process that makes prompts is replaced: %s", why)
+                    if stills == TRIES:
+                        raise NotReadyError(
+                            f"the processes that make prompts stand still, the last one: {why}"
+                        ) from None
+                except (OSError, EOFError):
+                    deaths += 1
+                    if deaths > 1 or time.monotonic() - began >= limit_s:
+                        return None
+                finally:
+                    if answer is None or len(payload) > LARGE_BYTES:
+                        worker.close()
+                    else:
+                        self._idle.append(worker)
 
     async def _worker(self) -> _Worker:
         while self._idle:
@@ -156,33 +172,51 @@ class BoundedPrompts:
             if worker.alive:
                 return worker
             worker.close()
-        return await self._new_worker()
-
-    async def _new_worker(self) -> _Worker:
         async with self._restarting:
-            try:
-                connection = self._process.worker()
-            except OSError:
-                logger.warning("the tokenizer's process has ended and is started again")
+            for _ in range(TRIES):
+                try:
+                    return await self._fork()
+                except StandsStill as why:
+                    logger.warning("the tokenizer's process is started again: %s", why)
+                except (OSError, EOFError):
+                    logger.warning("the tokenizer's process has ended and is started again")
                 self._process.close()
-                self._process = await asyncio.to_thread(self._process.again)
-                connection = self._process.worker()
-            return _Worker(*await asyncio.open_unix_connection(sock=connection))
+                try:
+                    self._process = await asyncio.to_thread(self._process.again)
+                except UserError as error:
+                    # it was usable when the server started
+                    raise NotReadyError(str(error)) from None
+        raise NotReadyError("the tokenizer's process ends or stands still whenever it is started again")
+
+    async def _fork(self) -> _Worker:
+        """A new worker. Raises StandsStill, OSError or EOFError."""
+        reader, writer = await asyncio.open_unix_connection(sock=self._process.worker())
+        try:
+            (pid,) = HEADER.unpack(await while_it_works(reader.readexactly(HEADER.size), self._process.watch()))
+        except BaseException:
+            writer.close()
+            raise
+        return _Worker(reader, writer, Watch(pid))
 
 
 class _Worker:
     """Our end of a process that makes one prompt at a time."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, watch: Watch) -> None:
         self._reader = reader
         self._writer = writer
+        self._watch = watch
 
     @property
     def alive(self) -> bool:
         return not self._reader.at_eof()
 
     async def ask(self, payload: bytes) -> dict[str, Any]:
-        """Send one call, and wait for its answer. Raises OSError or EOFError where the process has ended."""
+        """Send one call, and wait for its answer. Raises OSError or EOFError where the process has ended, and
+        StandsStill where it does nothing."""
+        return await while_it_works(self._exchange(payload), self._watch)
+
+    async def _exchange(self, payload: bytes) -> dict[str, Any]:
         self._writer.write(HEADER.pack(len(payload)) + payload)
         await self._writer.drain()
         (size,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
@@ -190,5 +224,8 @@ class _Worker:
         return answer
 
     def close(self) -> None:
+        """End the process."""
+        # one that is stopped would not see that its socket is closed
+        self._watch.kill()
         with contextlib.suppress(RuntimeError):  # the loop may be closed already
             self._writer.close()

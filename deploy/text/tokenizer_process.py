@@ -5,7 +5,8 @@
 
 The kernel enforces the limits, so that they hold in the middle of a regular expression: an interval timer limits
 processor time, and its signal ends the process; the size of the address space is limited too. A new worker is forked in
-milliseconds. A process ends when the other side of its socket is closed, so no process outlives the API.
+milliseconds. A process ends when the other side of its socket is closed, so no process outlives the API. One that is
+stopped or blocked is found by who waits for it (actors/stillness.py), and ended.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import resource
 import signal
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.actors.stillness import TRIES, Watch, ended_if_still
 from elastic_moe.cluster.errors import CheckpointError, ConfigError, RequestError, UserError
 from elastic_moe.cluster.interpreter import command_of
 from elastic_moe.deploy.text.conversation import MARK
@@ -31,8 +34,11 @@ from elastic_moe.deploy.text.grammar_check import GRAMMAR_S, GrammarCheck
 from elastic_moe.deploy.text.tokenizer import Tokenizer, without_torch
 from elastic_moe.model.grammars.vocabulary import tokenizer_json
 
+logger = logging.getLogger(__name__)
+
 HEADER = struct.Struct("!Q")
-"""The size in bytes, which precedes every message on a worker's socket."""
+"""The size in bytes, which precedes every message on a worker's socket. The first thing that a worker sends is its
+process's number in the same form."""
 
 MIB = 1 << 20
 CALL_S, CALL_S_PER_MIB = 2.0, 2.0
@@ -52,10 +58,13 @@ class TokenizerProcess:
     def __init__(self, model_dir: str, chat_template: str | None) -> None:
         self._model_dir = model_dir
         self._chat_template = chat_template
+        self._start()
+
+    def _start(self) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                command_of(main, str(theirs.fileno()), model_dir, chat_template or ""),
+                command_of(main, str(theirs.fileno()), self._model_dir, self._chat_template or ""),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -64,6 +73,19 @@ class TokenizerProcess:
 
     def wait(self) -> None:
         """Wait until the tokenizer is loaded and tried. Raises CheckpointError or ConfigError where it is unusable."""
+        for left in reversed(range(TRIES)):
+            with ended_if_still(self._process) as ended:
+                try:
+                    self._hear()
+                    return
+                except UserError:
+                    if ended.why is None or not left:
+                        raise
+            logger.warning("the tokenizer's process is started again: %s", ended.why)
+            self.close()
+            self._start()
+
+    def _hear(self) -> None:
         doing, kind = "the tokenizer's process does not start", "CheckpointError"
         with self._control.makefile("rb") as said:
             for line in said:
@@ -87,11 +109,19 @@ class TokenizerProcess:
     def again(self) -> TokenizerProcess:
         """Start another process like this one, and wait until it is ready."""
         process = TokenizerProcess(self._model_dir, self._chat_template)
-        process.wait()
+        try:
+            process.wait()
+        except BaseException:
+            process.close()
+            raise
         return process
 
+    def watch(self) -> Watch:
+        """For whoever waits for a new worker to be forked."""
+        return Watch(self._process.pid)
+
     def close(self) -> None:
-        """End the process. Workers end when their own sockets are closed."""
+        """End the process. Its workers go on until they are closed."""
         self._control.close()
         self._process.kill()
         self._process.wait()
@@ -104,6 +134,11 @@ class TokenizerProcess:
 
 
 _ERRORS: dict[str, type[UserError]] = {"CheckpointError": CheckpointError, "ConfigError": ConfigError}
+
+
+def call_s(payload_bytes: int) -> float:
+    """Seconds of processor time for a call."""
+    return _call_limits(payload_bytes)[0]
 
 
 def limits_in_words(payload_bytes: int = 0) -> str:
@@ -206,6 +241,8 @@ def _methods(tokenizer: Tokenizer, grammars: GrammarCheck) -> dict[str, Method]:
 
 
 def _serve(api: socket.socket, methods: dict[str, Method]) -> None:
+    # so that the other side can look at this process, and end it
+    api.sendall(HEADER.pack(os.getpid()))
     with api.makefile("rb") as requests:
         while header := requests.read(HEADER.size):
             (size,) = HEADER.unpack(header)

@@ -22,6 +22,7 @@ from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.graph_pieces import padded
 from elastic_moe.model.native import library
 from elastic_moe.model.native.exchange import NativeExchange
+from elastic_moe.model.native.segments import remove_stale
 from elastic_moe.model.shared_gpu.driver import CudaDevice
 
 Exchange = Transport | NativeExchange
@@ -45,6 +46,8 @@ def join_exchange(
 
     Raises StepAborted if a worker does not join within `timeout_s`.
     """
+    # the workers that were killed while they joined the group before this one, and any others
+    remove_stale()
     size = len(spec.placement.workers)
     if spec.transport == "local":
         return LocalTransport()

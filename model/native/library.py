@@ -34,6 +34,8 @@ _FLAGS = (
 _NEEDED = ("avx2", "fma", "f16c")
 """CPU features that the library needs, by their names in /proc/cpuinfo. With avx512_bf16, vector.h uses AVX-512."""
 _COMPILE_TIMEOUT_S = 300
+_MAKING = "compiling-"
+"""How the names of directories begin in which the library is made."""
 
 _SIGNATURES = {
     "emoe_pack": "piiitp",
@@ -161,7 +163,10 @@ def _built() -> Path:
 
 def _compile(compiler: str, sources: list[Path], target: Path) -> None:
     """Compile all sources at once, each in a process of its own, and link them. `target` is never seen incomplete."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as made:
+    # who compiles has the lock, so others have been killed meanwhile
+    for left in target.parent.glob(f"{_MAKING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_MAKING, dir=target.parent) as made:
         objects = [Path(made) / f"{source.stem}.o" for source in sources]
         jobs = [
             subprocess.Popen(

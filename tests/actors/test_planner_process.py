@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
-from elastic_moe.actors import planner_process
+from elastic_moe.actors import planner_process, stillness
 from elastic_moe.actors.planner_process import TRIES, plan_apart
 from elastic_moe.cluster.errors import ConfigError, NotReadyError
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
@@ -98,3 +98,19 @@ def test_another_process_is_asked_where_one_is_ended(caplog: pytest.LogCaptureFi
     assert "ended with code -9" in caplog.text
     with pytest.raises(NotReadyError, match="end before they answer, the last with code -9"):
         asyncio.run(planned(TRIES))
+
+
+def test_one_that_is_stopped_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stillness, "STOPPED_S", 0.5)
+
+    async def work() -> PlanResult:
+        asked = asyncio.create_task(plan_apart(PROBLEM, planner="greedy", deadline_s=5.0, solver="highs"))
+        # it is another Python by then: one that is stopped before is waited for by its parent
+        while not (children := [c for c in psutil.Process().children() if "planner_process" in " ".join(c.cmdline())]):
+            await asyncio.sleep(0.001)
+        children[0].suspend()
+        async with asyncio.timeout(60):
+            return await asked
+
+    assert asyncio.run(work()).placement == plan(PROBLEM, 5.0, planner="greedy").placement
+    assert not psutil.Process().children()

@@ -29,7 +29,7 @@ from elastic_moe.cluster.facts.facts import ControlSettings
 from elastic_moe.cluster.messages.epochs import StateRoom
 from elastic_moe.cluster.messages.views import Phase, WorkerState
 from elastic_moe.cluster.placement import WorkerId
-from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation
+from tests.cluster.simulation import EXPERTS, LAYERS, MODEL, Simulation, node_of
 from tests.cluster.stories import PART, W0, W1, W2, facts_of, member, newest, redeployed, serving
 
 
@@ -59,6 +59,36 @@ def test_a_death_that_leaves_the_wanted_size_ends_the_scaling() -> None:
     operation = sim.state.operations.get(scaling)
     assert operation is not None
     assert operation.phase is Phase.COMPLETED
+
+
+@pytest.mark.parametrize("dies", [(W0,), (W0, W1), (W1, W2), (W2, W0)])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_who_dies_while_others_leave_has_left_in_the_place_of_one_that_stays(
+    dies: tuple[WorkerId, ...], at_once: bool
+) -> None:
+    sim = serving(4)
+    sim.feed(ScaleRequested(workers=2, operation_id="down"))
+    for worker in dies:
+        sim.kill(worker)
+        if not at_once:
+            sim._find_lost([worker])
+    sim.settle()
+    operation = sim.state.operations.get("down")
+    assert operation is not None
+    assert (operation.phase, sim.state.progress(operation)) == (Phase.COMPLETED, (1.0, True))
+    assert {*operation.retiring} >= {*dies}
+    assert {*operation.retiring, *sim.facts.ranks} == {W0, W1, W2, WorkerId("w3")}, "who is said to go does not serve"
+    assert len(operation.retiring) == 2
+
+
+def test_who_leaves_with_its_node_does_so_in_the_place_of_one_that_stays() -> None:
+    sim = serving(2, nodes=True)
+    sim.feed(ScaleRequested(workers=1, operation_id="down"))
+    sim.feed(NodesDrain(nodes={node_of(W0): None}))
+    sim.settle()
+    operation = sim.state.operations.get("down")
+    assert operation is not None
+    assert (sim.facts.ranks, operation.retiring, sim.state.progress(operation)) == ((W1,), (W0,), (1.0, True))
 
 
 def test_a_join_overtaken_by_a_recovery_ends_with_it() -> None:

@@ -4,7 +4,14 @@ import contextlib
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from elastic_moe.cluster.errors import ConflictError, NotReadyError, PlacementError
 from elastic_moe.cluster.facts.events import (
@@ -20,12 +27,15 @@ from elastic_moe.cluster.facts.events import (
     Unpin,
 )
 from elastic_moe.cluster.facts.homes import SETTLED_S
+from elastic_moe.cluster.messages.views import Phase
 from tests.cluster.simulation import EXPERTS, LAYERS, Simulation, node_of, shuffled
 from tests.properties import most
 
 
 class Faults(RuleBasedStateMachine):
     sim: Simulation
+    shrinks: set[str]
+    """Operations by which workers were to leave."""
 
     @initialize(
         workers=st.integers(1, 4),
@@ -63,9 +73,14 @@ class Faults(RuleBasedStateMachine):
             disk=disk,
             nodes=nodes,
         )
+        self.shrinks = set()
         self.sim.feed(Tick())
         if settled:
             self.sim.settle()
+
+    @invariant()
+    def look(self) -> None:
+        self.shrinks |= {op.operation_id for op in self.sim.state.operations.all() if op.retiring}
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 10.0]))
     def time_passes(self, seconds: float) -> None:
@@ -177,6 +192,11 @@ class Faults(RuleBasedStateMachine):
         if hasattr(self, "sim") and not self.sim.facts.fatal:
             self.sim.settle()
             assert not self.sim.draining, "a worker that stays gets requests"
+            for operation in self.sim.state.operations.all():
+                safe = self.sim.state.progress(operation).safe_to_terminate
+                assert safe == bool(operation.retiring), "whoever was said to leave has left in the end"
+                waits = operation.operation_id in self.shrinks and operation.phase is Phase.COMPLETED
+                assert safe or not waits, "a scaling by which workers were to leave ends with machines that may go"
 
 
 def test_the_cluster_serves_again_after_random_events_and_faults() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from elastic_moe.actors import stillness
 from elastic_moe.cluster.errors import RequestError
 from elastic_moe.deploy.bodies import aside, bodies
 from elastic_moe.deploy.bodies.aside import Aside
@@ -87,18 +88,48 @@ def test_long_texts_are_not_tokenised_here(
     assert too_many["param"] == "tokens"
 
 
-def test_a_process_that_dies_is_replaced(other: Aside) -> None:
+def test_a_process_that_dies_is_replaced_and_the_call_repeated_once(other: Aside) -> None:
     async def work() -> None:
         body = bytearray(b'{"prompt": "a"}')
         assert (await other.parse(CompletionRequest, body)).prompts == ["a"]
-        assert other._large.process is not None
-        os.kill(other._large.process.pid, signal.SIGSTOP)
-        answer = asyncio.create_task(other.parse(CompletionRequest, body))
-        await asyncio.sleep(0.05)
-        os.kill(other._large.process.pid, signal.SIGKILL)
-        with pytest.raises(RequestError, match="too much memory or time"):
-            await answer
+        killed = set()
+
+        async def kill(times: int) -> None:
+            while len(killed) < times:
+                process = other._large.process
+                if process is not None and process.pid not in killed:
+                    killed.add(process.pid)
+                    os.kill(process.pid, signal.SIGKILL)
+                await asyncio.sleep(0.001)
+
+        for times, refused in ((1, False), (3, True)):
+            killing = asyncio.create_task(kill(times))
+            await asyncio.sleep(0.01)
+            if refused:
+                with pytest.raises(RequestError, match="too much memory or time"):
+                    await other.parse(CompletionRequest, body)
+            else:
+                assert (await other.parse(CompletionRequest, body)).prompts == ["a"]
+            await killing
         assert (await other.parse(CompletionRequest, body)).prompts == ["a"]
+
+    asyncio.run(work())
+
+
+def test_a_process_that_is_stopped_is_replaced_and_the_call_repeated(
+    other: Aside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stillness, "STOPPED_S", 0.5)
+
+    async def work() -> None:
+        body = bytearray(b'{"prompt": "a"}')
+        await other.parse(None, body)
+        stopped = other._large.process
+        assert stopped is not None
+        os.kill(stopped.pid, signal.SIGSTOP)
+        async with asyncio.timeout(60):
+            assert (await other.parse(CompletionRequest, body)).prompts == ["a"]
+        assert stopped.returncode == -signal.SIGKILL
 
     asyncio.run(work())
 
@@ -107,10 +138,8 @@ def test_a_call_has_a_limit_of_time(other: Aside, monkeypatch: pytest.MonkeyPatc
     async def work() -> None:
         await other.parse(None, bytearray(b"{}"))
         monkeypatch.setattr(aside, "CALL_S", 0.05)
-        assert other._large.process is not None
-        os.kill(other._large.process.pid, signal.SIGSTOP)
         with pytest.raises(RequestError, match="too much memory or time"):
-            await other.parse(None, bytearray(b"{}"))
+            await other.parse(None, bytearray(b"[" + b"[1.5, 2.5]," * 3_000_000 + b"0]"))
 
     asyncio.run(work())
 

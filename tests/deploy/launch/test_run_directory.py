@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
 import shutil
+import signal
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from elastic_moe.cluster.errors import UserError
 from elastic_moe.deploy.launch.local_ray import check_shared_memory, check_threads
-from elastic_moe.deploy.launch.run_directory import LONGEST_BYTES, RunDirectory
+from elastic_moe.deploy.launch.run_directory import LONGEST_BYTES, RunDirectory, remove_stale
 
 
 @pytest.fixture
@@ -127,14 +130,51 @@ def test_what_a_dead_server_left_is_removed_and_a_living_ones_is_not(parent: Pat
     abandon(dead)
     other = parent / "emoe-other"
     other.mkdir()
-    link = parent / "emoe-link"
+    link = parent / "emoe.link"
     link.symlink_to(other)
     made = RunDirectory.create([str(parent)])
     assert not dead.path.exists()
     assert living.path.exists()
-    assert other.exists(), "a directory without a lock is nobody's that we know"
+    assert other.exists(), "no name of ours"
     assert link.is_symlink()
     for directory in (living, made):
+        abandon(directory)
+
+
+KILLED = """
+import fcntl, os, shutil, signal, sys
+from elastic_moe.deploy.launch.run_directory import RunDirectory
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[2] == "made":
+    fcntl.flock = kill
+made = RunDirectory.create([sys.argv[1]])
+(made.path / "ray").mkdir()
+rmdir = os.rmdir
+# when only the directory itself is left
+os.rmdir = lambda path, **how: kill() if "emoe" in str(path) else rmdir(path, **how)
+made.remove()
+"""
+
+
+@pytest.mark.parametrize("when", ["made", "removed"])
+def test_what_a_server_left_that_was_killed_in_between_is_removed(parent: Path, when: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(parent), when], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    [left] = parent.iterdir()
+    made = RunDirectory.create([str(parent)])
+    assert [*parent.iterdir()] == [made.path], left
+    abandon(made)
+
+
+def test_servers_that_start_at_once_leave_one_anothers_directories(parent: Path) -> None:
+    """One may look between the moment at which a directory is made and that at which it is locked."""
+    with ThreadPoolExecutor(8) as threads:
+        made = [*threads.map(lambda _: RunDirectory.create([str(parent)]), range(200))]
+    assert {*parent.iterdir()} == {directory.path for directory in made}
+    for directory in made:
         abandon(directory)
 
 
@@ -142,6 +182,8 @@ def test_a_fork_holds_the_lock_too(parent: Path) -> None:
     made = RunDirectory.create([str(parent)])
     inherited = os.dup(made.lock)
     os.close(made.lock)
-    with (made.path / "lock").open("r+") as lock, pytest.raises(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    remove_stale(str(parent))
+    assert made.path.exists()
     os.close(inherited)
+    remove_stale(str(parent))
+    assert not made.path.exists()

@@ -105,7 +105,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EmoeServe
 def run_directory(server: EmoeServe) -> Path:
     """Of a server that has started Ray: where its raylet's socket is."""
     [raylet] = _named(server.descendants(), "raylet")
-    found = re.search(r"=(/[^ =]*/emoe-\w+)/ray/session", " ".join(raylet.cmdline()))
+    found = re.search(r"=(/[^ =]*/emoe\.\w+)/ray/session", " ".join(raylet.cmdline()))
     assert found
     return Path(found[1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -14,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from elastic_moe.actors import stillness
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import CheckpointError, ConfigError, RequestError, UserError
+from elastic_moe.cluster.errors import CheckpointError, ConfigError, NotReadyError, RequestError, UserError
 from elastic_moe.cluster.messages.grammars import Grammar, GrammarKind
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.text.prompts import BoundedPrompts
@@ -116,6 +118,102 @@ def test_a_dead_process_is_replaced_and_none_is_left_at_the_end(tmp_path: Path) 
     children = asyncio.run(work())
     assert len(children) == 2
     assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.mark.parametrize("role", ["workers", "the process that forks them", "all"])
+def test_a_stopped_process_is_replaced_and_its_requests_are_done_again(
+    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stillness, "STOPPED_S", 0.5)
+    make_tokenizer(tmp_path)
+    before = set(psutil.Process().children(recursive=True))
+    long = "hello " * 20000
+
+    async def work() -> None:
+        async with opened(tmp_path) as prompts, asyncio.timeout(60):
+
+            def encode(text: str) -> Awaitable[list[int]]:
+                return prompts.encode(text, add_special_tokens=True, param="prompt")
+
+            texts = ["hello", "world", long, "a", "b", long]
+            first = await asyncio.gather(*map(encode, texts))
+            forking = [child for child in psutil.Process().children() if child not in before]
+            workers = [child for process in forking for child in process.children()]
+            stopped = {"workers": workers, "all": [*forking, *workers]}.get(role, forking)
+            for process in stopped:
+                process.suspend()
+            # with all seats, so that others are forked: the long text's process is not used again
+            grammar = prompts.fault_of_grammar(Grammar(kind=GrammarKind.REGEX, text="a+"))
+            *again, fault = await asyncio.gather(*map(encode, texts), grammar)
+            assert again == first
+            assert fault is None
+            assert psutil.wait_procs(stopped, timeout=0)[0], "it is ended, and goes on at no time"
+
+    asyncio.run(work())
+    assert not psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=10)[1]
+
+
+def test_where_all_processes_are_stopped_again_and_again_a_request_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stillness, "STOPPED_S", 0.5)
+    make_tokenizer(tmp_path)
+    before = set(psutil.Process().children(recursive=True))
+
+    async def stop() -> None:
+        while True:
+            for child in set(psutil.Process().children(recursive=True)) - before:
+                with contextlib.suppress(psutil.Error):
+                    # one that is not another Python yet is waited for by its parent
+                    if "tokenizer_process" in " ".join(child.cmdline()):
+                        child.suspend()
+            await asyncio.sleep(0.005)
+
+    async def work() -> None:
+        async with opened(tmp_path) as prompts, asyncio.timeout(60):
+            stopping = asyncio.create_task(stop())
+            await asyncio.sleep(0.05)
+            with pytest.raises(NotReadyError, match="the tokenizer's process does not start"):
+                await prompts.encode("hello", add_special_tokens=True, param="prompt")
+            stopping.cancel()
+            assert await prompts.encode("hello", add_special_tokens=True, param="prompt")
+
+    asyncio.run(work())
+
+
+def test_a_process_that_is_stopped_while_it_starts_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stillness, "STOPPED_S", 0.5)
+    make_tokenizer(tmp_path)
+    with TokenizerProcess(str(tmp_path), None) as process:
+        stopped = process._process
+        os.kill(stopped.pid, signal.SIGSTOP)
+        process.wait()
+        assert stopped.returncode == -signal.SIGKILL
+        process.worker().close()
+
+
+def test_a_request_whose_process_is_killed_is_done_again(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    before = set(psutil.Process().children(recursive=True))
+
+    async def work() -> None:
+        async with opened(tmp_path) as prompts:
+            first = await prompts.encode("hello", add_special_tokens=True, param="prompt")
+            [worker] = [
+                child
+                for process in psutil.Process().children()
+                if process not in before
+                for child in process.children()
+            ]
+            worker.suspend()
+            again = asyncio.create_task(prompts.encode("hello", add_special_tokens=True, param="prompt"))
+            await asyncio.sleep(0.05)
+            worker.kill()
+            assert await again == first
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,28 @@ def test_processes_that_ask_at_once_get_one_build(lib: ctypes.CDLL, tmp_path: Pa
     assert answers == ["True None\n"] * 3
     assert len(list(tmp_path.glob("elastic-moe/native-*.so"))) == 1
     assert not [path for path in tmp_path.glob("elastic-moe/*") if path.is_dir()]
+
+
+def test_what_a_killed_build_leaves_goes_with_the_next_one(lib: ctypes.CDLL, tmp_path: Path) -> None:
+    compiler, cache = tmp_path / "bin" / "c++", tmp_path / "cache"
+    compiler.parent.mkdir()
+
+    def begin(does: str) -> subprocess.Popen[str]:
+        compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] || {does}\n')
+        compiler.chmod(0o700)
+        return start(XDG_CACHE_HOME=str(cache), PATH=f"{compiler.parent}:{os.environ['PATH']}")
+
+    def directories() -> list[Path]:
+        return [path for path in cache.glob("elastic-moe/*") if path.is_dir()]
+
+    killed = begin("exec sleep 20")
+    while killed.poll() is None and not directories():
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert directories()
+    assert begin("exit 1").communicate(timeout=60)[0].startswith("False c++ failed")
+    assert not directories()
 
 
 @pytest.mark.parametrize(
