@@ -18,7 +18,7 @@ from pathlib import Path
 from elastic_moe.cluster.errors import StepAborted
 
 DIRECTORY = Path("/dev/shm")
-_SUFFIX = ".segment"
+_SUFFIX = ".emoe-segment"
 
 
 def join(

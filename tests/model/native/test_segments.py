@@ -111,3 +111,13 @@ def test_ranks_join_while_others_look_for_names(group: str) -> None:
         for thread in looking:
             thread.join()
     assert not [*DIRECTORY.glob(f"{group}*")]
+
+
+def test_a_file_of_another_program_stays() -> None:
+    path = DIRECTORY / f"{uuid.uuid4().hex}.segment"
+    path.touch()
+    try:
+        remove_stale()
+        assert path.exists()
+    finally:
+        path.unlink()
