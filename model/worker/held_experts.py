@@ -24,7 +24,7 @@ from elastic_moe.model.staging import beside_steps
 from elastic_moe.model.tiers.disk import default_directory
 from elastic_moe.model.tiers.rates import HostRates
 from elastic_moe.model.tiers.tiers import Tiers
-from elastic_moe.model.worker.expert_sources import CheckpointExperts, check_copy, from_copy, to_copy
+from elastic_moe.model.worker.expert_sources import CheckpointExperts, from_copy, to_copy
 
 
 class HeldExperts:
@@ -67,6 +67,7 @@ class HeldExperts:
 
     def counts(self) -> TierCounts:
         """What became of the tiers since the last call."""
+        self._store.release()
         if self.tiers is None:
             return TierCounts(resident=sum(map(len, self.held())))
         return self.tiers.counts()
@@ -197,7 +198,7 @@ class HeldExperts:
 
     def import_copy(self, copy: ExpertCopy) -> None:
         """Hold a copy beside the placement's experts. Raises PlacementError if its digest does not match."""
-        check_copy(copy)
+        self._store.release()
         self.tidy(wait=True)
         tensors = from_copy(copy, self._device)
         if self.tiers is not None and copy.expert in self._store.held(copy.layer):
@@ -207,6 +208,7 @@ class HeldExperts:
 
     def read(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Read experts, given as (layer, expert), from the disk and hold them beside the placement's experts."""
+        self._store.release()
         self.tidy(wait=True)
         if self.tiers is None:
             reading = self._source.read(pairs, self._device)
