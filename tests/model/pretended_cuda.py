@@ -352,7 +352,7 @@ def enter() -> None:
         mode.__enter__()  # type: ignore[no-untyped-call]
 
 
-class _Threads(ThreadPoolExecutor):
+class Threads(ThreadPoolExecutor):
     """Threads that have the device."""
 
     def __init__(self, workers: int) -> None:
@@ -419,6 +419,6 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StackedExperts, "memory", property(lambda layer: layer._slots.stacks or None))
     # a graph's memory, of which there is none
     patch.setattr(elastic_moe.model.trunk.step_batch, "borrowed", lambda tensor: tensor)
-    patch.setattr(tests.model.lockstep, "ThreadPoolExecutor", _Threads)
+    patch.setattr(tests.model.lockstep, "ThreadPoolExecutor", Threads)
     # a parameter of the CPU cannot become a shell, so modules get new ones
     patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
