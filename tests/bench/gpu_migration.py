@@ -8,6 +8,8 @@ export, a copy through /dev/shm in the place of Ray's store, and import, by as m
 second set flips, between two steps, from its half to the experts that have come. In a server the two ends are two
 processes, so that they have an interpreter each, and every copy waits for two calls of Ray's besides.
 
+Two more processes then send one another experts that stay on the GPU, as workers do that share one.
+
 First come the ceilings, each of a copy of one expert: from the GPU to pinned memory, back, on the GPU, and by one core.
 Goals (the project's own): 80 % of the slower of the first two, and no step longer than 1.5 times the usual one. Writes
 gpu-migration.md.
@@ -40,12 +42,14 @@ from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
 from elastic_moe.model.worker.data_plane import DataPlane
 from elastic_moe.model.worker.expert_sources import from_copy
+from tests.bench.gpu_parcels import Parcels, measure_parcels
 from tests.bench.machine import where_and_when
 from tests.bench.report import markdown
 from tests.bench.wide import wide_checkpoint
 from tests.model.lockstep import Lockstep, request
 from tests.model.random_checkpoint import make_random_checkpoint
 
+ON_GPU = "experts that stay on the GPU"
 GOAL_SHARE, GOAL_STEP = 0.8, 1.5
 WARM_STEPS, USUAL_STEPS = 20, 100
 MOST_TOKENS = 4000
@@ -256,7 +260,9 @@ def _rate(source: torch.device, target: torch.device, nbytes: int) -> float:
     return nbytes / statistics.median(times[2:])
 
 
-def report(top: Ceilings, nbytes: int, usual: Sequence[float], copies: Sequence[Copied], flip: Flipped) -> str:
+def report(
+    top: Ceilings, nbytes: int, usual: Sequence[float], copies: Sequence[Copied], flip: Flipped, parcels: Parcels | None
+) -> str:
     ceiling, usual_s = min(top.to_host, top.to_device), statistics.median(usual)
     rates = [
         ["to pinned memory", *_gb(top.to_host, ceiling)],
@@ -264,8 +270,11 @@ def report(top: Ceilings, nbytes: int, usual: Sequence[float], copies: Sequence[
         ["on the device", *_gb(top.on_device, ceiling)],
         ["by one core of the host", *_gb(top.by_core, ceiling)],
         *([f"experts, {c.at_once} at a time", *_gb(c.bytes_per_s, ceiling)] for c in copies),
+        *([[ON_GPU, *_gb(parcels.bytes_per_s, ceiling)]] if parcels is not None else []),
     ]
     parts = [[str(c.at_once), *(f"{1e3 * s:.2f}" for s in (c.export_s, c.store_s, c.import_s))] for c in copies]
+    if parcels is not None:
+        parts.append([ON_GPU, *(f"{1e3 * s:.2f}" for s in (parcels.export_s, 0.0, parcels.import_s))])
     steps = [_steps("usual", usual, usual_s)]
     steps += [_steps(f"{c.at_once} copies at a time", c.steps_s, usual_s) for c in copies if c.steps_s]
     steps.append(_steps(f"a flip of {flip.experts} experts before it", [flip.step_s], usual_s))
@@ -312,7 +321,12 @@ def measure(model: Path | None, device: str, layers: int, streams: int) -> str:
         nbytes = bench.expert_bytes
         top = ceilings(bench.device, nbytes)
         usual, copies, flip = bench.run()
-        return report(top, nbytes, usual, copies, flip)
+        try:
+            parcels = measure_parcels(device, nbytes)
+        except (RuntimeError, TimeoutError) as error:
+            print(f"experts do not stay on the GPU: {error}", flush=True)
+            parcels = None
+        return report(top, nbytes, usual, copies, flip, parcels)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

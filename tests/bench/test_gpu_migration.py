@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.bench import gpu_migration
-from tests.bench.gpu_migration import AT_ONCE_ON_GPUS, Bench, Store, ceilings, checkpoint, measure, report
+from tests.bench.gpu_migration import AT_ONCE_ON_GPUS, ON_GPU, Bench, Store, ceilings, checkpoint, measure, report
 from tests.model import pretended_cuda
 from tests.model.pretended_cuda import OnDevice, entered
 
@@ -24,7 +24,7 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_migration, "WARM_STEPS", 2)
     text = measure(None, "cpu", 2, 2)
     found = rows(text)
-    for name in ("to pinned memory", "by one core of the host", f"experts, {AT_ONCE_ON_GPUS} at a time"):
+    for name in ("to pinned memory", "by one core of the host", f"experts, {AT_ONCE_ON_GPUS} at a time", ON_GPU):
         assert float(found[name][0]) > 0
     assert float(found["a flip of 8 experts before it"][0]) > 0
     share, longest = re.search(r"(\d+)% of the copy rate .* step ([\d.]+) times", text).groups()  # type: ignore[union-attr]
@@ -51,6 +51,6 @@ def test_copies_and_a_flip_on_a_device(tmp_path: Path, monkeypatch: pytest.Monke
                 for name, tensor in theirs.items():
                     assert isinstance(tensor, OnDevice)
                     assert torch.equal(tensor.near, own[name].near)  # type: ignore[attr-defined]
-        text = report(ceilings(bench.device, bench.expert_bytes), bench.expert_bytes, usual, copies, flip)
+        text = report(ceilings(bench.device, bench.expert_bytes), bench.expert_bytes, usual, copies, flip, None)
     assert f"{AT_ONCE_ON_GPUS} copies at a time" in rows(text) or not copies[-1].steps_s
     assert Store.memory is None, "each thread has its own"
