@@ -39,7 +39,6 @@ class Outbox:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._lock = threading.Lock()
-        """Its owner's thread is the one whose stream the device's copies follow."""
         self._address: int | None = None
         self._handle = b""
         self._place_bytes = 0
@@ -93,7 +92,8 @@ class Outbox:
         self._place_bytes = place_bytes
         self._address = self._device.allocate(self._size)
         self._handle = self._device.export(self._address)
-        self._words().zero_()
+        # each thread has a stream of its own, so this one waits
+        self._words().zero_().tolist()
 
     def _words(self) -> Tensor:
         """[places] the numbers of the parcels that have been taken out."""
