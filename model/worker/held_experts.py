@@ -142,6 +142,8 @@ class HeldExperts:
         layers = range(self._store.num_layers)
         self._store.keep_only([self._resident(placement, layer) for layer in layers])
         if self.tiers is not None:
+            # the cache area gets the memory
+            self._store.release()
             placed, hosted = ([of(placement, layer) for layer in layers] for of in (self._experts_of, self._hosted))
             loose = loose_experts(placement) if self._dealt else np.zeros((len(layers), 0), dtype=bool)
             self.tiers.place(placed, hosted, [np.flatnonzero(row).tolist() for row in loose])

@@ -11,7 +11,7 @@ import torch
 from tests.bench import gpu_migration
 from tests.bench.gpu_migration import AT_ONCE_ON_GPUS, ON_GPU, Bench, Store, ceilings, checkpoint, measure, report
 from tests.model import pretended_cuda
-from tests.model.pretended_cuda import OnDevice, entered
+from tests.model.pretended_tensors import OnDevice, entered
 
 
 def rows(text: str) -> dict[str, list[str]]:

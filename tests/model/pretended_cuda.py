@@ -1,312 +1,30 @@
-"""Stands for a CUDA GPU where there is none: tensors that say that they are on `cuda:0`, and whose values are real.
-
-Each is a shell around a tensor of the CPU, on which every operator really runs. So the code for GPUs runs whole, with
-its trials, and makes tokens that can be compared. What a GPU refuses is refused here too: operands on two devices, the
-address or the numpy array of a tensor on the device, float8 in anything but copies. What makes the CPU wait for the
-device is counted, and refused while a graph is recorded. All streams are one: of their order it knows nothing.
-
-Modes of torch hold for one thread, so each thread that uses the device calls `enter`, or is `entered`.
-"""
+"""What torch.cuda answers where a GPU is pretended, and how a Lockstep gets workers there (pretended_tensors.py)."""
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import elastic_moe.model.gpu.refusals
 import elastic_moe.model.trunk.step_batch
 import tests.model.lockstep
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.tiers.link import Pinned
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.eager_recorder import EagerRecorder, R, Work
+from tests.model.pretended_tensors import enter, here, note, pinned_addresses
 
-aten = torch.ops.aten
-DEVICE = torch.device("cuda", 0)
 TOTAL_BYTES = 1 << 33
 """Memory of the device."""
 
-_ASK = {
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten._unique2.default,
-    aten.equal.default,
-    aten.bincount.default,
-}
-"""Operators whose result, or its size, the CPU must know."""
-_INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
-"""They take indices from the CPU, which they copy to the device and wait for."""
-_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu}
-_COPIES = ("copy", "clone", "view", "empty", "detach", "slice", "select", "split", "alias", "as_strided", "reshape")
-"""Parts of the names of operators that compute nothing."""
-
 recorders: weakref.WeakKeyDictionary[ModelRunner, EagerRecorder] = weakref.WeakKeyDictionary()
-_here = threading.local()
-_pinned: set[int] = set()
-"""Addresses of pinned memory."""
-
-
-@contextmanager
-def counted_waits() -> Iterator[Counter[str]]:
-    """How often this thread waits for the device in the block, by the operator that does."""
-    _here.waits = found = Counter[str]()
-    try:
-        yield found
-    finally:
-        _here.waits = None
-
-
-def _note(what: object) -> None:
-    _touch_host(what)
-    found = getattr(_here, "waits", None)
-    if found is not None:
-        found[str(what)] += 1
-
-
-def _touch_host(what: object) -> None:
-    """Raises RuntimeError where a graph is recorded: its replays would use what was in the host's memory then."""
-    if getattr(_here, "recording", False):
-        raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
-
-
-class OnDevice(torch.Tensor):
-    """A tensor of the device. `near` is the tensor of the CPU that has its values."""
-
-    near: Tensor
-
-    @staticmethod
-    def __new__(cls, near: Tensor) -> OnDevice:
-        # for torch itself a shell is on the meta device: torch for CPUs cannot make one elsewhere
-        with torch.inference_mode(False):
-            made: OnDevice = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-                cls,
-                near.shape,
-                strides=near.stride(),
-                storage_offset=near.storage_offset(),
-                dtype=near.dtype,
-                device="meta",
-            )
-        made.near = near
-        return made
-
-    def record_stream(self, stream: Any) -> None: ...
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = _METHODS.get(func)
-        if own is not None:
-            return own(*args, **kwargs or {})
-        outer, _here.inside = getattr(_here, "inside", False), True
-        try:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs or {})
-        finally:
-            _here.inside = outer
-
-
-def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, list | tuple):
-        made = [_mapped(part, change) for part in tree]
-        return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
-    return {key: _mapped(part, change) for key, part in tree.items()} if isinstance(tree, dict) else change(tree)
-
-
-def _near(tree: Any) -> Any:
-    return _mapped(tree, lambda x: x.near if isinstance(x, OnDevice) else x)
-
-
-def _far(tree: Any) -> Any:
-    return _mapped(tree, lambda x: OnDevice(x) if isinstance(x, Tensor) else x)
-
-
-def _tensors(*trees: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _mapped(list(trees), lambda x: found.append(x) if isinstance(x, Tensor) else None)
-    return found
-
-
-# --- Operators --------------------------------------------------------------------------------------------------------
-
-
-def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = _tensors(args, kwargs)
-    far = [x for x in tensors if isinstance(x, OnDevice)]
-    if far and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        with _Operators():
-            found = func.decompose(*args, **kwargs)
-        if found is not NotImplemented:
-            return found
-    asked, kwargs = kwargs.get("device"), dict(kwargs)
-    to_device = asked is not None and _is_device(torch.device(asked))
-    pins = bool(kwargs.pop("pin_memory", False))
-    if to_device:
-        kwargs["device"] = torch.device("cpu")
-    if func is aten._to_copy.default:
-        return _to_copy(args[0], kwargs, to_device=to_device or (bool(far) and asked is None))
-    if func is aten.copy_.default:
-        return _copy(*args, **kwargs)
-    if far:
-        _check(func, args, kwargs, tensors)
-    out = func(*_near(args), **_near(kwargs))
-    if not far and not to_device:
-        if pins:
-            _pinned.add(out.untyped_storage().data_ptr())
-        return out
-    if func._schema.is_mutable and args and isinstance(args[0], OnDevice) and not isinstance(out, tuple | list):
-        return args[0] if isinstance(out, Tensor) else out
-    return _far(out)
-
-
-def _is_device(device: torch.device) -> bool:
-    # an operator of torch makes further tensors where its operands seem to be
-    return device.type == "cuda" or (device.type == "meta" and getattr(_here, "inside", False))
-
-
-def _check(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
-    """Raises RuntimeError for what a GPU refuses."""
-    if any(x.dim() for x in tensors if not isinstance(x, OnDevice)):
-        if func not in _INDEXING:
-            places = [f"{x.device}{list(x.shape)}" for x in tensors]
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {places}")
-        _note(f"{func} with an index from the CPU")
-    bools = any(x.dtype == torch.bool for x in _tensors(args[1])) if func in _INDEXING else False
-    if func in _ASK or bools or (func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None):
-        _note(func)
-    if any(x.dtype in _FLOAT8 for x in tensors) and not any(part in str(func) for part in _COPIES):
-        raise RuntimeError(f"{func} is not implemented for float8 on cuda")
-
-
-def _to_copy(tensor: Tensor, kwargs: dict[str, Any], *, to_device: bool) -> Tensor:
-    without_wait = kwargs.pop("non_blocking", False) and to_device
-    if isinstance(tensor, OnDevice) != to_device:
-        (_touch_host if without_wait else _note)("to the device" if to_device else "to the CPU")
-    out: Tensor = aten._to_copy.default(_near(tensor), **kwargs)
-    return OnDevice(out) if to_device else out
-
-
-def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    ends = [isinstance(x, OnDevice) for x in (target, source)]
-    if ends[0] != ends[1] and source.dim():
-        pinned = _near(target).untyped_storage().data_ptr() in _pinned
-        without_wait = non_blocking and (ends[0] or pinned)
-        (_touch_host if without_wait else _note)("copy_ to the device" if ends[0] else "copy_ to the CPU")
-    _near(target).copy_(_near(source))
-    return target
-
-
-# --- Methods that torch does not hand to operators --------------------------------------------------------------------
-
-
-def _taken(tensor: Tensor, index: Any) -> Tensor:
-    """tensor[index]"""
-    if not isinstance(tensor, OnDevice):
-        raise RuntimeError("indices should be on the CPU, as the tensor is")
-    return OnDevice(tensor.near[_indices(index)])
-
-
-def _put(tensor: Tensor, index: Any, value: Any) -> None:
-    """tensor[index] = value"""
-    if not isinstance(tensor, OnDevice):
-        raise RuntimeError("an index or a value on cuda:0 for a tensor of the CPU")
-    if isinstance(value, Tensor) and not isinstance(value, OnDevice) and value.dim():
-        _note("values from the CPU")
-    tensor.near[_indices(index)] = _near(value)
-
-
-def _indices(index: Any) -> Any:
-    for part in index if isinstance(index, tuple) else (index,):
-        if isinstance(part, OnDevice):
-            if not part.dim() or part.dtype == torch.bool:
-                _note("an index that the CPU must know")
-        elif isinstance(part, list | np.ndarray | Tensor):
-            _note("an index from the CPU")
-    return _near(index)
-
-
-def _moved(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
-    """tensor.to(...)"""
-    if len(args) == 1 and isinstance(args[0], Tensor):
-        args = (args[0].device, args[0].dtype)
-    device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-    far, values = isinstance(tensor, OnDevice), _near(tensor)
-    to_device = far if device is None else device.type == "cuda"
-    made = values.to(dtype or values.dtype, copy=copy)
-    if far == to_device:
-        return tensor if made is values else OnDevice(made) if far else made if device is None else made.to(device)
-    (_touch_host if non_blocking and to_device else _note)("to the device" if to_device else f"to {device}")
-    made = made.clone() if made is values else made
-    return OnDevice(made) if to_device else made
-
-
-def _listed(tensor: OnDevice) -> Any:
-    _note("tolist")
-    return tensor.near.tolist()
-
-
-def _refused(name: str) -> Callable[..., Any]:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise TypeError(f"{name} of a tensor on cuda:0")
-
-    return refuse
-
-
-_METHODS: dict[Any, Callable[..., Any]] = {
-    Tensor.__getitem__: _taken,
-    Tensor.__setitem__: _put,
-    Tensor.to: _moved,
-    Tensor.tolist: _listed,
-    Tensor.device.__get__: lambda *_: DEVICE,  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__: lambda *_: True,  # type: ignore[attr-defined]
-    Tensor.is_meta.__get__: lambda *_: False,  # type: ignore[attr-defined]
-    Tensor.is_cpu.__get__: lambda *_: False,  # type: ignore[attr-defined]
-    Tensor.data.__get__: lambda tensor: OnDevice(tensor.near.detach()),  # type: ignore[attr-defined]
-    **{
-        getattr(Tensor, name): _refused(name)
-        for name in ("numpy", "__array__", "data_ptr", "pin_memory", "share_memory_", "__dlpack__")
-    },
-}
-
-
-class _Operators(TorchDispatchMode):
-    # that of torch's own tensors without memory: torch does not open a device while it is in force
-    _mode_key = torch._C._TorchDispatchModeKey.FAKE
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
-
-class _Functions(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == "cuda":
-            _note("tensor(..., device)")
-            return OnDevice(func(*args, **kwargs | {"device": "cpu"}))
-        if func is Tensor.to and not isinstance(args[0], OnDevice):
-            return _moved(*args, **kwargs)
-        if func is Tensor.pin_memory and not isinstance(args[0], OnDevice):
-            copy = args[0].clone()
-            _pinned.add(copy.untyped_storage().data_ptr())
-            return copy
-        return func(*args, **kwargs)
-
-
-# --- torch.cuda -------------------------------------------------------------------------------------------------------
+"""What each runner has recorded."""
 
 
 class _Stream:
@@ -315,7 +33,7 @@ class _Stream:
     def __init__(self, *_: Any) -> None: ...
 
     def synchronize(self) -> None:
-        _note("stream.synchronize")
+        note("stream.synchronize")
 
     def wait_stream(self, other: _Stream) -> None: ...
 
@@ -330,7 +48,7 @@ class _Event:
     def wait(self, stream: _Stream | None = None) -> None: ...
 
     def synchronize(self) -> None:
-        _note("event.synchronize")
+        note("event.synchronize")
 
     def query(self) -> bool:
         return True
@@ -339,29 +57,11 @@ class _Event:
         return 0.0
 
 
-@contextmanager
-def entered() -> Iterator[None]:
-    """This thread has the device in the block."""
-    with _Functions(), _Operators():
-        yield
-
-
-def enter() -> None:
-    """This thread has the device from now on."""
-    for mode in (_Functions(), _Operators()):
-        mode.__enter__()  # type: ignore[no-untyped-call]
-
-
 class Threads(ThreadPoolExecutor):
     """Threads that have the device."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers, initializer=enter)
-
-
-def on_values(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel of the device that `kernel` computes on the CPU."""
-    return lambda *args, **kwargs: _far(kernel(*_near(args), **_near(kwargs)))
 
 
 class _Recorder(EagerRecorder):
@@ -372,11 +72,11 @@ class _Recorder(EagerRecorder):
 
         def recorded() -> R:
             # the second turn is the recording, as CudaRecorder has it; then come the replays
-            _here.recording = next(turns, False)
+            here.recording = next(turns, False)
             try:
                 return run()
             finally:
-                _here.recording = False
+                here.recording = False
 
         super().record(recorded)
         self.recorded -= 1
@@ -384,7 +84,9 @@ class _Recorder(EagerRecorder):
 
 
 def pretend(patch: pytest.MonkeyPatch) -> None:
-    """From now on workers of a Lockstep may be on `cuda`."""
+    """From now on workers of a Lockstep may be on `cuda`. Skips the test where a GPU is: test_cuda.py is for those."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
     stream = _Stream()
     answers: dict[str, Any] = {
         "mem_get_info": lambda *_: (TOTAL_BYTES, TOTAL_BYTES),
@@ -395,8 +97,8 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
         "stream": lambda _: nullcontext(),
         "Stream": _Stream,
         "Event": _Event,
-        "synchronize": lambda: _note("synchronize"),
-        "is_current_stream_capturing": lambda: getattr(_here, "recording", False),
+        "synchronize": lambda: note("synchronize"),
+        "is_current_stream_capturing": lambda: getattr(here, "recording", False),
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, answer)
@@ -404,7 +106,7 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
 
     def pinned(memory: Pinned, nbytes: int, device: torch.device) -> None:
         pin(memory, nbytes, torch.device("cpu"))
-        _pinned.add(memory.data.data_ptr())
+        pinned_addresses.add(memory.data.data_ptr())
 
     patch.setattr(Pinned, "__init__", pinned)
 
@@ -415,7 +117,8 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ModelRunner, "use_graphs", use)
     # each size is recorded when it is first used
     patch.setattr(ModelRunner, "record_graphs", lambda *_: None)
-    # Triton's kernels are not here, and experts could be recorded with them alone
+    # Triton's kernels cannot run, and experts could be recorded with them alone
+    patch.setattr(elastic_moe.model.gpu.refusals, "_unavailable", lambda: "this GPU is pretended")
     patch.setattr(StackedExperts, "memory", property(lambda layer: layer._slots.stacks or None))
     # a graph's memory, of which there is none
     patch.setattr(elastic_moe.model.trunk.step_batch, "borrowed", lambda tensor: tensor)

@@ -1,4 +1,4 @@
-"""Every family's steps with all their tensors on a GPU, on a machine that has none (tests/model/pretended_cuda.py)."""
+"""Every family's steps with all tensors on a GPU, on a machine that has none (tests/model/pretended_tensors.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.model.families import FAMILIES, HYBRIDS, MORE_FAMILIES, WINDOWED, tin
 from tests.model.kernels import KERNELS
 from tests.model.lockstep import Lockstep, request
 from tests.model.packing import CASES, pack_checkpoint
-from tests.model.pretended_cuda import OnDevice, counted_waits, entered, on_values, recorders
+from tests.model.pretended_cuda import recorders
+from tests.model.pretended_tensors import OnDevice, counted_waits, entered, on_values
 from tests.model.random_checkpoint import make_random_checkpoint
 from tests.model.test_parity import greedy
 

@@ -19,7 +19,7 @@ from elastic_moe.model.tiers.records import column_sums, column_sums_there
 from elastic_moe.model.worker import expert_sources
 from elastic_moe.model.worker.expert_sources import from_copy, to_copy
 from tests.model import pretended_cuda
-from tests.model.pretended_cuda import DEVICE, OnDevice, entered
+from tests.model.pretended_tensors import DEVICE, OnDevice, entered
 
 CPU = torch.device("cpu")
 
