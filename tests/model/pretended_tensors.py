@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -108,34 +109,44 @@ class OnDevice(torch.Tensor):
             here.inside = outer
 
 
-def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, list | tuple):
-        made = [_mapped(part, change) for part in tree]
-        return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
-    return {key: _mapped(part, change) for key, part in tree.items()} if isinstance(tree, dict) else change(tree)
+def _near(x: Any) -> Any:
+    """What operators of the CPU take for `x`, which may be a list of tensors, or arguments."""
+    kind = type(x)
+    if kind is OnDevice:
+        return x.near
+    if kind is tuple or kind is list:
+        return kind(map(_near, x))
+    return {name: _near(value) for name, value in x.items()} if kind is dict else x
 
 
-def _near(tree: Any) -> Any:
-    return _mapped(tree, lambda x: x.near if isinstance(x, OnDevice) else x)
+def _far(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return OnDevice(x)
+    return type(x)(map(_far, x)) if type(x) in (tuple, list) else x
 
 
-def _far(tree: Any) -> Any:
-    return _mapped(tree, lambda x: OnDevice(x) if isinstance(x, Tensor) else x)
-
-
-def _tensors(*trees: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _mapped(list(trees), lambda x: found.append(x) if isinstance(x, Tensor) else None)
+def _tensors(x: Any, found: list[Tensor]) -> list[Tensor]:
+    """All in `x`, added to those that are found."""
+    if isinstance(x, Tensor):
+        found.append(x)
+    elif isinstance(x, tuple | list):
+        for part in x:
+            _tensors(part, found)
     return found
+
+
+@cache
+def _decomposes(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 # --- Operators --------------------------------------------------------------------------------------------------------
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = _tensors(args, kwargs)
+    tensors = _tensors(list(kwargs.values()), _tensors(args, []))
     far = [x for x in tensors if isinstance(x, OnDevice)]
-    if far and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    if far and _decomposes(func):
         with _Operators():
             found = func.decompose(*args, **kwargs)
         if found is not NotImplemented:
@@ -173,7 +184,7 @@ def _check(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) 
             places = [f"{x.device}{list(x.shape)}" for x in tensors]
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {places}")
         note(f"{func} with an index from the CPU")
-    bools = any(x.dtype == torch.bool for x in _tensors(args[1])) if func in _INDEXING else False
+    bools = any(x.dtype == torch.bool for x in _tensors(args[1], [])) if func in _INDEXING else False
     if func in _ASK or bools or (func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None):
         note(func)
     if any(x.dtype in _FLOAT8 for x in tensors) and not any(part in str(func) for part in _COPIES):
