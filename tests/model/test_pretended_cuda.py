@@ -139,6 +139,26 @@ def test_a_packed_checkpoint_is_unpacked(family: str, name: str, tmp_path: Path)
     assert set(copy.dtypes.values()) == {"float32"}
 
 
+def test_all_settings_of_sampling_give_the_tokens_of_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The device has ways of its own to draw. All rows wait for it once, together."""
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0.9, "top_k": 5, "seed": 1, "logprobs": 3},
+        {"temperature": 1.2, "top_p": 0.8, "seed": 2, "min_p": 0.02},
+        {"logit_bias": ((7, 3.0), (9, -5.0)), "presence_penalty": 0.7, "repetition_penalty": 1.3},
+        {"allowed_token_ids": (3, 4, 5, 6)},
+        {"bad_words": ((3,), (1, 2))},
+        {"prompt_logprobs": 2, "logprobs": 0},
+        {"temperature": 0.7, "seed": 4, "frequency_penalty": 0.4, "top_k": 50, "top_p": 0.9},
+        {"logprob_token_ids": (4, 5), "logprobs": 2},
+    ]
+    path = tiny_checkpoint("qwen3_moe", tmp_path_factory)
+    requests = [request(f"r{n}", PROMPTS[0][n:20], max_tokens=4, **given) for n, given in enumerate(settings)]
+    cluster = served(path, dtype="float32", enforce_eager=True)
+    [worker] = cluster.workers.values()
+    assert cluster.run(requests) == Lockstep(path, [8]).run(requests)
+    assert worker.waits == {"tolist": 1}
+
+
 @pytest.mark.parametrize(("pinned", "hosted"), [(2, 2), (0, 8)])
 def test_experts_that_come_from_pinned_memory_and_from_the_disk(
     pinned: int, hosted: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -140,3 +140,7 @@ def test_workers_of_a_gpu_replace_experts_by_parcels(
         device = worker._experts.shared.outbox._device  # type: ignore[union-attr]
         for address in list(device.owned):  # type: ignore[attr-defined]
             device.free(address)
+    exchanges = [worker._epoch.exchange for worker in cluster.workers.values()]  # type: ignore[union-attr]
+    for exchange in exchanges:
+        exchange.close()
+    assert all(exchange.wait_freed(20) for exchange in exchanges)  # type: ignore[union-attr]
