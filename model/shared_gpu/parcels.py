@@ -90,8 +90,13 @@ class Outbox:
 
     def _make(self, place_bytes: int) -> None:
         self._place_bytes = place_bytes
-        self._address = self._device.allocate(self._size)
-        self._handle = self._device.export(self._address)
+        address = self._device.allocate(self._size)
+        try:
+            self._handle = self._device.export(address)
+        except DeviceError:
+            self._device.free(address)
+            raise
+        self._address = address
         # each thread has a stream of its own, so this one waits
         self._words().zero_().tolist()
 

@@ -92,10 +92,12 @@ def test_memory_is_unmapped_when_nothing_is_taken(devices: tuple[FakeDevice, Fak
 
 @pytest.mark.parametrize("refused", ["allocate", "export"])
 def test_a_gpu_that_lends_no_memory_sends_through_the_host(refused: str) -> None:
-    shared = SharedGpu.of(FakeDevice(refuses=refused))
+    device = FakeDevice(refuses=refused)
+    shared = SharedGpu.of(device)
     tensors = {"a": torch.randn(40, 50), "b": torch.randn(3)}
     copy = to_copy(0, 1, tensors, shared)
     assert copy.parcel is None
+    assert device.holds_nothing
     for name, tensor in from_copy(copy, CPU, shared).items():
         assert torch.equal(tensor, tensors[name])
 
