@@ -45,7 +45,8 @@ def expert_form(
 
     `kept` is the form in which the checkpoint's experts come, or PLAIN if they come in no form that is computed;
     `packed_as` names the format of its packed experts, or is None. `native`: whether the native library is there.
-    Raises ConfigError where experts would be rounded a second time, and for a form that `dtype` does not allow.
+    Raises ConfigError where experts would be rounded a second time, and for a form that `dtype` or `device` does not
+    allow.
     """
     computed = dtype == "bfloat16" and device == "cpu"
     if asked == "auto":
@@ -59,6 +60,8 @@ def expert_form(
             f"expert_dtype: the checkpoint has its experts in {packed_as}, and {asked} would round them a second time; "
             "expected auto or bfloat16"
         )
+    if device != "cpu":
+        raise ConfigError(f"expert_dtype: {asked} is for CPUs, and the device is {device}; expected auto or bfloat16")
     if dtype != "bfloat16":
         raise ConfigError(f"expert_dtype: {asked} needs dtype bfloat16, and {dtype} is served")
     return ExpertForm(asked) if packed_as is None else kept

@@ -125,20 +125,24 @@ class Placement:
 
     def experts_of(self, worker: WorkerId, layer: int) -> tuple[int, ...]:
         """[slots] logical experts (or EMPTY) in the slots of `worker`, in slot order."""
-        rank = self.rank_of(worker)
-        start = self.first_slot[rank]
-        return tuple(int(e) for e in self.physical_to_logical_map[layer, start : start + self.workers[rank].slots])
+        return tuple(self.physical_to_logical_map[layer, self._slots_of(worker)].tolist())
 
     def tiers_of(self, worker: WorkerId, layer: int) -> tuple[Tier, ...]:
         """[slots] tier of each slot of `worker`, in slot order."""
-        rank = self.rank_of(worker)
-        start = self.first_slot[rank]
-        return tuple(Tier(int(t)) for t in self.tiers[layer, start : start + self.workers[rank].slots])
+        return tuple(map(Tier, self.tiers[layer, self._slots_of(worker)].tolist()))
 
     def resident(self, worker: WorkerId, layer: int) -> tuple[int, ...]:
         """Logical experts that lie in the device of `worker`, in slot order."""
-        pairs = zip(self.experts_of(worker, layer), self.tiers_of(worker, layer), strict=True)
-        return tuple(expert for expert, tier in pairs if expert != EMPTY and tier is Tier.DEVICE)
+        slots = self._slots_of(worker)
+        experts = self.physical_to_logical_map[layer, slots]
+        # a flip asks this of every layer while no step runs
+        here = (experts != EMPTY) & (self.tiers[layer, slots] == Tier.DEVICE)
+        return tuple(experts[here].tolist())
+
+    def _slots_of(self, worker: WorkerId) -> slice:
+        rank = self.rank_of(worker)
+        start = int(self.first_slot[rank])
+        return slice(start, start + self.workers[rank].slots)
 
     @property
     def all_resident(self) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -56,9 +56,15 @@ def beside_steps(device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
         side.synchronize()
 
 
-@cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    """This thread's own, so that copies to the device and from it pass one another."""
+    streams: dict[int, torch.cuda.Stream] = vars(_own).setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return streams[device]
+
+
+_own = threading.local()
 
 
 def recorded(stream: torch.cuda.Stream | None = None, *, timed: bool = False) -> torch.cuda.Event:

@@ -36,6 +36,11 @@ def onednn_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source to its target. On a GPU, tensors of one dtype are copied by a few kernels in all."""
+    torch._foreach_copy_(targets, sources)
+
+
 def plain_tensors() -> AbstractContextManager[Any]:
     """Within the block, torch handles a subclass of Tensor as a plain tensor."""
     guard: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()

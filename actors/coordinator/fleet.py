@@ -49,8 +49,8 @@ IO_THREADS = 16
 """Threads of a worker for the control plane's calls."""
 JOIN_THREADS = 4
 """Threads of a worker that join other workers: one does, and others may still hang in groups that were given up."""
-COPY_THREADS = 3
-"""Threads of a worker for copies of experts: one copy runs at a time, or two on GPUs. One more runs while they hang."""
+COPY_THREADS = 6
+"""Threads of a worker for copies of experts: one copy runs at a time, or four on GPUs. More run while they hang."""
 
 
 class Fleet(Protocol):

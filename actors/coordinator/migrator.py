@@ -28,6 +28,9 @@ SUPERSEDED_S = 0.1
 """Seconds after which a call that waits for bandwidth notices a newer call."""
 LONGEST_REST_S = 0.5
 """Most seconds that two workers rest after a copy. A newer call that needs them waits for the rest."""
+AT_ONCE_ON_GPUS = 4
+"""Copies that a worker on a GPU takes part in at a time. Each waits for two calls, the GPU twice and a memory copy at
+either end; in pinned memory it is as large as two experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,7 @@ class MigrationReport:
 class Migrator:
     """At most one copy per worker at a time, so that none of them is held up for long; disjoint pairs run together.
     While requests run, the two workers of a copy rest after it for as long as it took: steps get their memory. Workers
-    on GPUs take two at a time and do not rest: a copy takes none of what their steps need, and half of it is waiting.
+    on GPUs take some at a time and do not rest: a copy takes none of what their steps need, and most of it is waiting.
 
     A newer `copy` supersedes an older one, which stops before its next expert.
     """
@@ -63,7 +66,7 @@ class Migrator:
         """When the next copy may begin."""
         self._generation = 0
         self._rests = not on_gpus
-        self._at_once = 2 if on_gpus else 1
+        self._at_once = AT_ONCE_ON_GPUS if on_gpus else 1
         self._busy: Counter[WorkerId] = Counter()
         """Copies that each worker takes part in."""
         self._freed = asyncio.Event()

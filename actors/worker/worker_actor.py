@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 COPY_NICENESS = 10
 WARM_UP_NICENESS = 5
 KEPT_STORES = 8
+SWITCH_S = 0.0005
+"""Seconds for which a thread of a worker on a GPU keeps Python's interpreter while another waits for it. A step there
+is launched from Python, and at Python's own 5 ms a copy would hold it up by half a step."""
 
 
 class WorkerActor:
@@ -95,6 +99,8 @@ class WorkerActor:
         from elastic_moe.actors.worker.step_server import StepServer
         from elastic_moe.model.worker.data_plane import DataPlane
 
+        if spec.model.device == "cuda":
+            sys.setswitchinterval(SWITCH_S)
         self._address = node_address(spec.interface)
         worker = DataPlane(spec)
         self._worker = worker

@@ -338,6 +338,20 @@ class NodeReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Parcel:
+    """Where an expert lies in memory of a GPU that a worker lends to the others there (model/shared_gpu/parcels.py)."""
+
+    handle: bytes
+    offset: int
+    nbytes: int
+    number: int
+    word: int
+    """Where the receiver writes the number when it has taken the expert out."""
+    size: int
+    """Bytes of the memory in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCopy:
     """One expert's tensors on their way between workers, as one unit with its digest."""
 
@@ -349,7 +363,9 @@ class ExpertCopy:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     """Names of the dtypes without the prefix `torch.`."""
+    parcel: Parcel | None = None
+    """Set where the bytes stay on the GPU that both workers share; then `tensors` has none, but all names."""
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.tensors.values())
+        return sum(array.nbytes for array in self.tensors.values()) if self.parcel is None else self.parcel.nbytes

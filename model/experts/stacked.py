@@ -7,7 +7,8 @@ become free. So a slot that a step may read is never written, and no spare slots
 changes, the layer's stacks are made anew, one parameter at a time.
 
 Slots are written on the device's default stream, which runs operations in the order in which they were launched. What
-other threads read and bring runs beside it (staging.py).
+other threads read and bring runs beside it (staging.py). A flip changes many slots of all layers while no step runs, so
+`keep_together` launches their copies as one, and sends all tables at once.
 
 Legend: R rows (tokens sent to this worker), H hidden, F expert width, K experts per token, N = R*K (row, choice) pairs,
 S slots, E logical experts, X = E + 1.
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.native.experts import find_gate
 from elastic_moe.model.staging import beside_steps, recorded, to_device
+from elastic_moe.model.torch_private import copy_all
 from elastic_moe.model.transformers_private import apply_gate
 
 Gated = Callable[[Tensor], Tensor]
@@ -61,6 +65,7 @@ class StackedExperts:
         """`module` is the trunk's expert module, without weights; it knows layout and gate. `kernels`: whether those of
         model/gpu/ serve its dtype and device."""
         self._module = module
+        self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
         self._pairs: ModuleType | None = None
         self._few: ModuleType | None = None
         self._gate: Gated | None = None
@@ -76,6 +81,8 @@ class StackedExperts:
         self._lock = threading.Lock()
         self._slots = Slots()
         self._beside: dict[int, Tensors] = {}
+        self._left: list[Tensors] = []
+        """Those that the last flip has copied into slots."""
         self._filled: torch.cuda.Event | None = None
         """When the slots have what was last written."""
 
@@ -97,7 +104,8 @@ class StackedExperts:
             stacks = slots.stacks or {
                 name: tensor.new_empty(len(slots.experts), *tensor.shape) for name, tensor in tensors.items()
             }
-            self._slots = self._fill(stacks, slots.experts, {expert: tensors})
+            self._left = []
+            _write([_Filling.of(self, stacks, slots.experts, {expert: tensors})])
 
     def get(self, expert: int) -> Tensors:
         with self._lock:
@@ -118,21 +126,31 @@ class StackedExperts:
             return frozenset(self._slots.experts).union(self._beside) - {_FREE}
 
     def keep_only(self, wanted: Set[int]) -> None:
+        keep_together([self], [wanted])
+
+    def _keep(self, wanted: Set[int]) -> _Filling | None:
+        """What is to be written so that the slots hold these experts; None if they do. The lock is held."""
+        beside = {expert: tensors for expert, tensors in self._beside.items() if expert in wanted}
+        experts = tuple(expert if expert in wanted else _FREE for expert in self._slots.experts)
+        kept = [slot for slot, expert in enumerate(experts) if expert != _FREE]
+        self._beside = {}
+        stacks = self._slots.stacks
+        if len(kept) == len(experts) and not beside:
+            return None
+        if not stacks and not beside:
+            self._slots = Slots()
+            return None
+        if len(kept) + len(beside) != len(experts):
+            stacks = self._resize(kept, beside)
+            experts = tuple(experts[slot] for slot in kept) + (_FREE,) * len(beside)
+        self._left = list(beside.values())
+        return _Filling.of(self, stacks, experts, beside)
+
+    def release(self) -> None:
+        """Free the memory in which experts lay until the last flip. It takes as long as some hundred launches, so a
+        flip leaves it to its caller's next quiet moment."""
         with self._lock:
-            beside = {expert: tensors for expert, tensors in self._beside.items() if expert in wanted}
-            experts = tuple(expert if expert in wanted else _FREE for expert in self._slots.experts)
-            kept = [slot for slot, expert in enumerate(experts) if expert != _FREE]
-            self._beside = {}
-            stacks = self._slots.stacks
-            if len(kept) == len(experts) and not beside:
-                return
-            if not stacks and not beside:
-                self._slots = Slots()
-                return
-            if len(kept) + len(beside) != len(experts):
-                stacks = self._resize(kept, beside)
-                experts = tuple(experts[slot] for slot in kept) + (_FREE,) * len(beside)
-            self._slots = self._fill(stacks, experts, beside)
+            self._left = []
 
     def _resize(self, kept: list[int], beside: dict[int, Tensors]) -> Tensors:
         """Make stacks of the kept slots and of one free slot for each expert in `beside`."""
@@ -144,27 +162,12 @@ class StackedExperts:
                 new[name][slot].copy_(stack[kept_slot])
         return new
 
-    def _fill(self, stacks: Tensors, experts: tuple[int, ...], new: dict[int, Tensors]) -> Slots:
-        """Write the experts `new` into free slots. Returns the slots as they are then."""
-        filled = list(experts)
-        for expert, tensors in new.items():
-            slot = filled.index(_FREE)
-            filled[slot] = expert
-            for name, tensor in tensors.items():
-                stacks[name][slot].copy_(tensor)
-        size = len(filled)
-        slot_X = np.full(self._module.num_experts + 1, size, dtype=np.int64)  # type: ignore[operator]
-        for slot, expert in enumerate(filled):
-            if expert != _FREE:
-                slot_X[expert] = slot
-        device = next(iter(stacks.values())).device if stacks else torch.device("cpu")
-        table, number = to_device([slot_X, np.arange(size)], device)
-        if device.type == "cuda":
-            self._filled = recorded()
-        old = self._slots
+    def _written(self, filling: _Filling, table: Tensor, number: Tensor, filled: torch.cuda.Event | None) -> None:
+        old, size = self._slots, len(filling.experts)
+        self._filled = filled
         if old.stacks and len(old.number_S) == size:
             table, number = old.slot_X.copy_(table), old.number_S
-        return Slots(stacks=stacks, experts=tuple(filled), slot_X=table, number_S=number)
+        self._slots = Slots(stacks=filling.stacks, experts=filling.experts, slot_X=table, number_S=number)
 
     @property
     def memory(self) -> object | None:
@@ -215,6 +218,68 @@ class StackedExperts:
             return y if bias is None else y + bias[slot_N]
 
         return feed_forward(self._module, x_NH, project, self._gate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Filling:
+    """Experts that are to be written into free slots of a layer."""
+
+    layer: StackedExperts
+    stacks: Tensors
+    experts: tuple[int, ...]
+    """[S] as Slots has them, when that is done."""
+    targets: list[Tensor]
+    sources: list[Tensor]
+    slot_X: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls, layer: StackedExperts, stacks: Tensors, experts: tuple[int, ...], new: Mapping[int, Tensors]
+    ) -> _Filling:
+        filled, size = list(experts), len(experts)
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for expert, tensors in new.items():
+            slot = filled.index(_FREE)
+            filled[slot] = expert
+            targets += [stacks[name][slot] for name in tensors]
+            sources += tensors.values()
+        slot_X = np.full(layer.num_experts + 1, size, dtype=np.int64)
+        for slot, expert in enumerate(filled):
+            if expert != _FREE:
+                slot_X[expert] = slot
+        return cls(layer=layer, stacks=stacks, experts=tuple(filled), targets=targets, sources=sources, slot_X=slot_X)
+
+
+def _write(fillings: Sequence[_Filling]) -> None:
+    """Launch the copies of all layers together, and send all tables at once."""
+    if not fillings:
+        return
+    stacks = [stack for filling in fillings for stack in filling.stacks.values()]
+    device = stacks[0].device if stacks else torch.device("cpu")
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for filling in fillings:
+        for target, source in zip(filling.targets, filling.sources, strict=True):
+            targets, sources = by_dtype.setdefault(target.dtype, ([], []))
+            targets.append(target)
+            sources.append(source)
+    for targets, sources in by_dtype.values():
+        copy_all(targets, sources)
+    tables = to_device(
+        [array for filling in fillings for array in (filling.slot_X, np.arange(len(filling.experts)))], device
+    )
+    filled = recorded() if device.type == "cuda" else None
+    for filling, table, number in zip(fillings, tables[::2], tables[1::2], strict=True):
+        filling.layer._written(filling, table, number, filled)
+
+
+def keep_together(layers: Sequence[StackedExperts], wanted: Sequence[Set[int]]) -> None:
+    """`keep_only` of several layers, with as few launches as possible."""
+    with ExitStack() as locks:
+        for layer in layers:
+            locks.enter_context(layer._lock)
+        fillings = [layer._keep(experts) for layer, experts in zip(layers, wanted, strict=True)]
+        _write([filling for filling in fillings if filling is not None])
 
 
 def feed_forward(

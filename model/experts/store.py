@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.experts.interface import LayerExperts, SlottedExperts, Tensors
-from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.experts.stacked import StackedExperts, keep_together
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.native.layers import JointExperts
 from elastic_moe.model.transformers_private import ALL_EXPERTS_FUNCTIONS
@@ -96,8 +96,23 @@ class ExpertStore:
 
     def keep_only(self, experts: Sequence[Iterable[int]]) -> None:
         """Drop all experts that are not in `experts` ([L] sets of logical experts). Call it between two steps only."""
-        for layer, wanted in zip(self._layers, experts, strict=True):
-            layer.keep_only(frozenset(wanted))
+        wanted = list(map(frozenset, experts))
+        if stacked := self._stacked:
+            keep_together(stacked, wanted)
+            return
+        for layer, kept in zip(self._layers, wanted, strict=True):
+            layer.keep_only(kept)
+
+    def release(self) -> None:
+        """Free the memory in which experts lay until the last flip."""
+        for layer in self._stacked or ():
+            layer.release()
+
+    @property
+    def _stacked(self) -> list[StackedExperts] | None:
+        """The layers, if all of them are stacked."""
+        found = [layer for layer in self._layers if isinstance(layer, StackedExperts)]
+        return found if len(found) == len(self._layers) else None
 
     @property
     def nbytes(self) -> int:

@@ -94,6 +94,10 @@ class CudaDevice:
         self._stream: torch.cuda.Stream | None = None
         self._context: ctypes.c_void_p | None = None
 
+    def again(self) -> CudaDevice:
+        """The same GPU, for threads that have streams of their own."""
+        return CudaDevice()
+
     def attach(self) -> None:
         """Let this thread's next calls go to this GPU. It comes before any other call of a thread."""
         if self._context is None:

@@ -79,6 +79,11 @@ class DeviceMemoryTransport:
             self._await(peer, number)
         return [self._received(peer, sizes[peer], number) for peer in range(self.size)]
 
+    @property
+    def device(self) -> Device:
+        """Another object for the same GPU, whose calls go to streams of their own."""
+        return self._device.again()
+
     def check(self) -> None:
         self._watch.check()
 

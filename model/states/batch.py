@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from elastic_moe.model.staging import to_device
 from elastic_moe.model.states.block import Segments
 from elastic_moe.model.states.store import StateMove, StateStore
 
@@ -36,7 +38,7 @@ class Decodes:
     targets: Tensor
     """[R] slots."""
     snapshots: tuple[tuple[int, int], ...]
-    """(number of the sequence in this batch, slot)"""
+    """(slot of the sequence's new states, slot of a snapshot of them)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +72,10 @@ class StateBatch:
 
 
 def _decodes(items: Sequence[tuple[int, StateMove]], device: torch.device) -> Decodes:
-    rows, sources, targets = torch.tensor([(row, move.source, move.target) for row, move in items], device=device).T
-    snapshots = tuple((number, slot) for number, (_, move) in enumerate(items) for _, slot in move.snapshots)
-    return Decodes(rows=rows, sources=sources.contiguous(), targets=targets.contiguous(), snapshots=snapshots)
+    numbers = np.array([(row, move.source, move.target) for row, move in items], dtype=np.int64)
+    rows, sources, targets = to_device(list(numbers.T), device)
+    snapshots = tuple((move.target, slot) for _, move in items for _, slot in move.snapshots)
+    return Decodes(rows=rows, sources=sources, targets=targets, snapshots=snapshots)
 
 
 def _segments(chunks: Sequence[tuple[int, StateMove]]) -> Segments:

@@ -306,9 +306,9 @@ def slots_of(states: States) -> tuple[Tensor, Tensor]:
 
 
 def _keep_snapshots(decodes: Decodes, slots: States) -> None:
-    for number, slot in decodes.snapshots:
+    for target, slot in decodes.snapshots:
         for tensor in slots.values():
-            tensor[slot] = tensor[decodes.targets[number]]
+            tensor[slot] = tensor[target]
 
 
 def _without_default(layer: StateLayer) -> dict[str, None]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from elastic_moe.model.native import library
@@ -78,6 +79,15 @@ def column_sums(payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     for first in range(0, rows, 64):
         sums += (words[first : first + 64] * odd[first : first + 64, None]).sum(axis=0, dtype=np.uint64)
     return sums
+
+
+def column_sums_there(payload: Tensor) -> Tensor:
+    """[512] int64 the same of a tensor of bytes, on its device: a GPU reads it in a hundredth of the time."""
+    if not len(payload):
+        return torch.zeros(_COLUMNS, dtype=torch.int64, device=payload.device)
+    words = payload.view(torch.int64).view(-1, _COLUMNS)
+    odd = 2 * torch.arange(len(words), device=payload.device) + 1
+    return (words * odd[:, None]).sum(0)
 
 
 def digest(head: bytes, payload: npt.NDArray[np.uint8]) -> bytes:

@@ -33,6 +33,31 @@ def rotate_by_length(trunk: nn.Module, lengths_T: list[Tensor]) -> None:
             module.forward = _by_length(module, module.forward, lengths_T)
 
 
+def keep_frequencies(trunk: nn.Module, device: torch.device) -> None:
+    """Make frequencies once for modules that make them anew in every step (PhiMoE's), on the CPU: a step on another
+    device would wait for their copy, and a CUDA graph cannot hold it."""
+    if device.type == "cpu":
+        return
+    for module in trunk.modules():
+        make = getattr(module, "rope_init_fn", None)
+        if callable(make):
+            module.rope_init_fn = _kept(make, device)  # type: ignore[assignment]
+
+
+def _kept(make: Callable[..., tuple[Tensor, float]], device: torch.device) -> Callable[..., tuple[Tensor, float]]:
+    found: dict[tuple[Any, ...], tuple[Tensor, float]] = {}
+
+    def made(config: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        # the configuration of a loaded model stays as it is
+        key = (*args, *sorted(kwargs.items()))
+        if key not in found:
+            frequencies, scaling = make(config, *args, **kwargs)
+            found[key] = frequencies.to(device), scaling
+        return found[key]
+
+    return made
+
+
 def depends_on_length(trunk: nn.Module) -> bool:
     """Whether the trunk has rotary embeddings that depend on a sequence's length."""
     return any(_kinds(module) & {LONGROPE, DYNAMIC} for module in trunk.modules())

@@ -38,6 +38,7 @@ from elastic_moe.model.grammars.masks import MaskThreads
 from elastic_moe.model.heap import return_freed_memory
 from elastic_moe.model.sampling.next_tokens import NextTokens, choose
 from elastic_moe.model.sampling.scoring import score
+from elastic_moe.model.shared_gpu.transport import DeviceMemoryTransport
 from elastic_moe.model.worker.cores import Cores
 from elastic_moe.model.worker.groups import Groups
 from elastic_moe.model.worker.held_experts import HeldExperts
@@ -186,8 +187,10 @@ class DataPlane:
         if previous is not None:
             state.dispatcher.follow(previous.dispatcher)
         self._runner.dispatcher = state.dispatcher
-        if previous is not None and previous.exchange is not state.exchange:
-            previous.exchange.close()
+        if previous is None or previous.exchange is not state.exchange:
+            if previous is not None:
+                previous.exchange.close()
+            self._experts.meet(state.exchange.device if isinstance(state.exchange, DeviceMemoryTransport) else None)
         self._experts.keep_placed()
 
     def abandon(self, epoch: Epoch) -> None:

@@ -20,11 +20,12 @@ from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.model.exchange.dealing import loose_experts
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native.experts import ExpertUnavailable
+from elastic_moe.model.shared_gpu.memory import Device
 from elastic_moe.model.staging import beside_steps
 from elastic_moe.model.tiers.disk import default_directory
 from elastic_moe.model.tiers.rates import HostRates
 from elastic_moe.model.tiers.tiers import Tiers
-from elastic_moe.model.worker.expert_sources import CheckpointExperts, check_copy, from_copy, to_copy
+from elastic_moe.model.worker.expert_sources import CheckpointExperts, SharedGpu, from_copy, to_copy
 
 
 class HeldExperts:
@@ -60,6 +61,10 @@ class HeldExperts:
         self.stepping = threading.Lock()
         """Held by a step, and while experts are dropped."""
         self._drop_due = False
+        self._shared_gpu: SharedGpu | None = None
+        """Made for the first group that shares this worker's GPU, since its memory is kept."""
+        self.shared: SharedGpu | None = None
+        """The same while such a group is in force."""
 
     def held(self) -> tuple[tuple[int, ...], ...]:
         """[L] logical experts in the device beside the cache area."""
@@ -67,6 +72,7 @@ class HeldExperts:
 
     def counts(self) -> TierCounts:
         """What became of the tiers since the last call."""
+        self._store.release()
         if self.tiers is None:
             return TierCounts(resident=sum(map(len, self.held())))
         return self.tiers.counts()
@@ -87,6 +93,15 @@ class HeldExperts:
         """A prepared epoch begins: from now on, nothing is dropped that it places on this worker. `dealt`: its steps
         may need any expert here that it puts into no device."""
         self._placement, self._dealt = placement, dealt
+
+    def meet(self, device: Device | None) -> None:
+        """A group begins whose workers all share this GPU, if `device` is not None: experts stay there on their way."""
+        if self._shared_gpu is not None:
+            # of workers that are gone
+            self._shared_gpu.arrivals.close()
+        elif device is not None:
+            self._shared_gpu = SharedGpu.of(device)
+        self.shared = None if device is None else self._shared_gpu
 
     def keep_placed(self) -> None:
         """Drop the experts that the epoch does not place on this worker."""
@@ -127,6 +142,8 @@ class HeldExperts:
         layers = range(self._store.num_layers)
         self._store.keep_only([self._resident(placement, layer) for layer in layers])
         if self.tiers is not None:
+            # the cache area gets the memory
+            self._store.release()
             placed, hosted = ([of(placement, layer) for layer in layers] for of in (self._experts_of, self._hosted))
             loose = loose_experts(placement) if self._dealt else np.zeros((len(layers), 0), dtype=bool)
             self.tiers.place(placed, hosted, [np.flatnonzero(row).tolist() for row in loose])
@@ -193,13 +210,13 @@ class HeldExperts:
             if self.tiers is None or not self.tiers.serves(layer, expert):
                 raise PlacementError(f"{self._spec.worker} does not hold expert {expert} of layer {layer}") from None
             tensors = self.tiers.read(layer, expert)
-        return to_copy(layer, expert, tensors)
+        return to_copy(layer, expert, tensors, self.shared)
 
     def import_copy(self, copy: ExpertCopy) -> None:
         """Hold a copy beside the placement's experts. Raises PlacementError if its digest does not match."""
-        check_copy(copy)
+        self._store.release()
         self.tidy(wait=True)
-        tensors = from_copy(copy, self._device)
+        tensors = from_copy(copy, self._device, self.shared)
         if self.tiers is not None and copy.expert in self._store.held(copy.layer):
             return  # a step may compute it now
         self._store.put(copy.layer, copy.expert, tensors, borrowed=self._device.type == "cpu")
@@ -207,6 +224,7 @@ class HeldExperts:
 
     def read(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Read experts, given as (layer, expert), from the disk and hold them beside the placement's experts."""
+        self._store.release()
         self.tidy(wait=True)
         if self.tiers is None:
             reading = self._source.read(pairs, self._device)

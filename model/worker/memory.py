@@ -128,6 +128,8 @@ class WorkerMemory:
 
     def _free_on_gpu(self) -> int:
         """Bytes that this worker may still take of its GPU, of which workers that share it take equal parts."""
+        # what trials and loading have freed is torch's until then, and free to nobody
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         return min(free, total // self.spec.gpu_workers - torch.cuda.memory_reserved())
 
@@ -148,7 +150,6 @@ class WorkerMemory:
         """Bytes for the KV cache, beside the experts that have been loaded and those that will come into the device."""
         spec, info = self.spec, self.info
         if self._on_gpu:
-            torch.cuda.empty_cache()
             free = self._free_on_gpu()
         else:
             free = psutil.virtual_memory().available // spec.node_workers

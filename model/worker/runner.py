@@ -31,7 +31,7 @@ from elastic_moe.model.states.batch import StateBatch, states_of
 from elastic_moe.model.transformers_private import is_indexer
 from elastic_moe.model.trunk.kv_cache import KVCache
 from elastic_moe.model.trunk.output_head import OutputHead, share_head
-from elastic_moe.model.trunk.rotation import depends_on_length, rotate_by_length
+from elastic_moe.model.trunk.rotation import depends_on_length, keep_frequencies, rotate_by_length
 from elastic_moe.model.trunk.step_batch import SequenceSlice, StepBatch, step_context
 from elastic_moe.model.trunk.windows import WindowGroup
 
@@ -53,6 +53,7 @@ class ModelRunner:
         self._lengths_T = [torch.empty(0)]
         """[T] the length that each token's rotary embedding uses. The list is shared with the rotary modules."""
         rotate_by_length(trunk, self._lengths_T)
+        keep_frequencies(trunk, device)
         attach(experts, self._experts)
         self._joint = joint_layers(trunk)
         self._shared_head = share_head(trunk)

@@ -39,6 +39,9 @@ class FakeDevice:
     def holds_nothing(self) -> bool:
         return not (self.owned or self.opened or self.registered)
 
+    def again(self) -> FakeDevice:
+        return FakeDevice(self.refuses)
+
     def attach(self) -> None: ...
 
     def follow(self) -> None: ...
@@ -79,7 +82,8 @@ class FakeDevice:
         del self.registered[_address(memory)]
 
     def view(self, address: int, num_bytes: int) -> Tensor:
-        return torch.frombuffer(self.owned[address][0], dtype=torch.uint8)[:num_bytes]
+        memory = self.owned[address][0] if address in self.owned else self.opened[address]
+        return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
 
     def copy(self, address: int, source: Tensor) -> None:
         self._launch(lambda: ctypes.memmove(address, source.data_ptr(), source.nbytes))

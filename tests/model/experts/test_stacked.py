@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.experts.interface import ABSENT, LayerExperts, Tensors
 from elastic_moe.model.experts.stacked import StackedExperts, grouped_product
+from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
 
 EXPERTS, TOP_K = 6, 3
@@ -173,3 +175,41 @@ def test_experts_on_a_gpu_are_not_kept_in_8_bits() -> None:
     assert isinstance(layer_experts(module), StackedExperts)
     with pytest.raises(UserError, match="expert_dtype: int8 needs the native library: it is for CPUs"):
         layer_experts(module, ExpertForm.INT8)
+
+
+def test_a_flip_of_many_layers_is_launched_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies and tables of all layers go together. What experts lay in before is freed when nobody waits for it."""
+    modules = [Experts(**KINDS["transposed, with biases"]) for _ in range(3)]
+    store = ExpertStore([StackedExperts(module) for module in modules])
+    store.reserve([2] * 3)
+    arrivals: list[weakref.ref[Tensor]] = []
+    for layer, module in enumerate(modules):
+        for expert in (0, 1):
+            store.put(layer, expert, module.weights[expert])
+        for expert in (2, 3)[: 1 + layer % 2]:
+            mine = {name: tensor.clone() for name, tensor in module.weights[expert].items()}
+            arrivals += [weakref.ref(tensor) for tensor in mine.values()]
+            store.put(layer, expert, mine)
+        del mine
+    launched: list[int] = []
+    for name in ("copy_all", "to_device"):
+        original = getattr(elastic_moe.model.experts.stacked, name)
+        monkeypatch.setattr(
+            elastic_moe.model.experts.stacked,
+            name,
+            lambda first, second, original=original: launched.append(len(first)) or original(first, second),
+        )
+    wanted = [{0, 2}, {2, 3}, {1, 2}]
+    store.keep_only(wanted)
+    assert launched == [len(arrivals), 2 * 3]
+    assert all(tensor() is not None for tensor in arrivals)
+    store.release()
+    assert not any(tensor() is not None for tensor in arrivals)
+    for layer, module in enumerate(modules):
+        assert store.held(layer) == wanted[layer]
+        for expert in wanted[layer]:
+            for name, tensor in store.get(layer, expert).items():
+                assert torch.equal(tensor, module.weights[expert][name])
+    # nothing changes, so nothing is launched
+    store.keep_only(wanted)
+    assert len(launched) == 2

@@ -1,0 +1,178 @@
+"""Experts on their way between two workers of one GPU: they never leave its memory.
+
+The sender exports one piece of device memory with some places. It packs an expert into a free place, and what travels
+between the processes says where it lies (`Parcel`). The receiver maps the memory once, copies the expert into tensors
+of its own, and writes the parcel's number behind the places: the place is free again. A receiver that dies writes
+nothing, so a place is taken back after `LEASE_S`: by then the copy has failed, and a receiver that comes late finds
+another expert, which the digest shows.
+
+What is launched here goes to torch's present stream. Whoever packs or unpacks waits for that stream afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from elastic_moe.cluster.messages.epochs import Parcel
+from elastic_moe.model.shared_gpu.driver import DeviceError
+from elastic_moe.model.shared_gpu.memory import Device
+
+logger = logging.getLogger(__name__)
+
+LEASE_S = 120.0
+"""Twice as long as a copy may take (COPY_TIMEOUT_S in actors/liveness.py)."""
+PLACES = 4
+"""As many as a worker sends at a time."""
+_ALIGNED, _WORD = 256, 8
+
+
+class Outbox:
+    """Of one sender. Any thread may call it."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._address: int | None = None
+        self._handle = b""
+        self._place_bytes = 0
+        self._number = 0
+        self._lent: dict[int, tuple[int, float]] = {}
+        """By place: the number of the parcel that lies there, and when it was packed."""
+        self._broken = False
+
+    def pack(self, tensors: Sequence[Tensor], now: float | None = None) -> Parcel | None:
+        """Launch copies of the tensors of bytes into a free place. None if there is no place, or none for so much."""
+        now = time.monotonic() if now is None else now
+        nbytes = sum(map(_aligned, tensors))
+        with self._lock:
+            if self._broken:
+                return None
+            try:
+                self._device.follow()
+                if self._address is None:
+                    self._make(nbytes)
+                assert self._address is not None
+                place = self._free_place(now)
+                if place is None or nbytes > self._place_bytes:
+                    return None
+                at = place * self._place_bytes
+                parcel_at = at
+                for tensor in tensors:
+                    if len(tensor):
+                        self._device.copy(self._address + at, tensor)
+                    at += _aligned(tensor)
+            except DeviceError as error:
+                # experts pass through the host's memory from now on
+                self._broken = True
+                logger.warning("experts cannot stay on this GPU on their way: %s", error)
+                return None
+            self._number += 1
+            self._lent[place] = self._number, now
+            return Parcel(
+                handle=self._handle,
+                offset=parcel_at,
+                nbytes=nbytes,
+                number=self._number,
+                word=PLACES * self._place_bytes + place * _WORD,
+                size=self._size,
+            )
+
+    @property
+    def _size(self) -> int:
+        return PLACES * (self._place_bytes + _WORD)
+
+    def _make(self, place_bytes: int) -> None:
+        self._place_bytes = place_bytes
+        address = self._device.allocate(self._size)
+        try:
+            self._handle = self._device.export(address)
+        except DeviceError:
+            self._device.free(address)
+            raise
+        self._address = address
+        # each thread has a stream of its own, so this one waits
+        self._words().zero_().tolist()
+
+    def _words(self) -> Tensor:
+        """[places] the numbers of the parcels that have been taken out."""
+        assert self._address is not None
+        whole = self._device.view(self._address, self._size)
+        return whole[PLACES * self._place_bytes :].view(torch.int64)
+
+    def _free_place(self, now: float) -> int | None:
+        free = [place for place in range(PLACES) if place not in self._lent]
+        if not free:
+            taken = self._words().tolist()
+            for place, (number, since) in list(self._lent.items()):
+                if taken[place] == number or now - since > LEASE_S:
+                    del self._lent[place]
+                    free.append(place)
+        return free[0] if free else None
+
+
+class Arrivals:
+    """What a receiver has mapped of the others' memory. Any thread may call it."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._opened: dict[bytes, int] = {}
+        self._users = 0
+        self._closing = False
+
+    @contextmanager
+    def taken(self, parcel: Parcel, sizes: Sequence[int]) -> Iterator[list[Tensor]]:
+        """The parcel's tensors of so many bytes, in memory of their own. Raises DeviceError where this GPU has no such
+        memory.
+
+        The block must end with a wait for the stream; then the sender may use the parcel's place again.
+        """
+        whole = self._begin(parcel)
+        try:
+            at, found = parcel.offset, []
+            for size in sizes:
+                found.append(whole[at : at + size].clone())
+                at += -(-size // _ALIGNED) * _ALIGNED
+            yield found
+            whole[parcel.word : parcel.word + _WORD].view(torch.int64).fill_(parcel.number)
+        finally:
+            self._end()
+
+    def close(self) -> None:
+        """Unmap everything, as soon as nothing is being taken: memory of a worker that is gone is freed by that."""
+        with self._lock:
+            self._closing = True
+            self._close_unused()
+
+    def _begin(self, parcel: Parcel) -> Tensor:
+        with self._lock:
+            self._device.attach()
+            if parcel.handle not in self._opened:
+                self._opened[parcel.handle] = self._device.open(parcel.handle)
+            self._users += 1
+            return self._device.view(self._opened[parcel.handle], parcel.size)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._users -= 1
+            self._close_unused()
+
+    def _close_unused(self) -> None:
+        # a copy from memory that is unmapped would end this process's use of the GPU
+        if not self._closing or self._users:
+            return
+        self._closing = False
+        self._device.attach()
+        while self._opened:
+            self._device.close(self._opened.popitem()[1])
+
+
+def _aligned(tensor: Tensor) -> int:
+    return -(-len(tensor) // _ALIGNED) * _ALIGNED

@@ -1,0 +1,148 @@
+"""Experts on their way between two workers of a GPU, which is a fake one (tests/model/fake_device.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import elastic_moe.model.exchange.join
+from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.messages.epochs import Parcel
+from elastic_moe.model.shared_gpu.parcels import LEASE_S, PLACES, Arrivals, Outbox
+from elastic_moe.model.worker.expert_sources import SharedGpu, from_copy, to_copy
+from tests.model.fake_device import FakeDevice
+from tests.model.families import tiny_checkpoint
+from tests.model.lockstep import Lockstep, request
+from tests.model.test_parity import greedy
+
+CPU = torch.device("cpu")
+
+
+def drawn(seed: int, sizes: tuple[int, ...] = (5000, 33)) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (size,), generator=g, dtype=torch.uint8) for size in sizes]
+
+
+@pytest.fixture
+def devices() -> Iterator[tuple[FakeDevice, FakeDevice]]:
+    ours, theirs = FakeDevice(), FakeDevice()
+    yield ours, theirs
+    theirs.opened.clear()
+    for address in list(ours.owned):
+        ours.free(address)
+
+
+def take(arrivals: Arrivals, parcel: Parcel, sizes: tuple[int, ...] = (5000, 33)) -> list[Tensor]:
+    with arrivals.taken(parcel, sizes) as found:
+        return found
+
+
+def packed(outbox: Outbox, seed: int, now: float = 0.0) -> Parcel:
+    parcel = outbox.pack(drawn(seed), now)
+    assert parcel is not None
+    return parcel
+
+
+def test_parcels_arrive_whole_and_places_are_used_again(devices: tuple[FakeDevice, FakeDevice]) -> None:
+    outbox, arrivals = Outbox(devices[0]), Arrivals(devices[1])
+    for turn in range(3):
+        parcels = [packed(outbox, PLACES * turn + n) for n in range(PLACES)]
+        assert outbox.pack(drawn(99), 0.0) is None, "all places are lent"
+        for n in reversed(range(PLACES)):
+            for got, want in zip(take(arrivals, parcels[n]), drawn(PLACES * turn + n), strict=True):
+                assert torch.equal(got, want)
+    assert len(devices[1].opened) == 1, "it is mapped once"
+
+
+def test_a_place_is_taken_back_from_a_receiver_that_is_gone(devices: tuple[FakeDevice, FakeDevice]) -> None:
+    outbox, arrivals = Outbox(devices[0]), Arrivals(devices[1])
+    late = [packed(outbox, n) for n in range(PLACES)]
+    assert outbox.pack(drawn(9), LEASE_S) is None
+    again = packed(outbox, 9, LEASE_S + 1)
+    assert again.offset in {parcel.offset for parcel in late}
+    # who comes late does not free the place of another
+    [same] = [parcel for parcel in late if parcel.offset == again.offset]
+    take(arrivals, same)
+    others = [packed(outbox, 20 + n, LEASE_S + 1) for n in range(PLACES - 1)]
+    assert again.offset not in {parcel.offset for parcel in others}
+    assert outbox.pack(drawn(9), LEASE_S + 1) is None
+
+
+def test_what_is_larger_than_a_place_goes_another_way(devices: tuple[FakeDevice, FakeDevice]) -> None:
+    outbox = Outbox(devices[0])
+    packed(outbox, 0)
+    assert outbox.pack(drawn(1, (9000, 33)), 0.0) is None
+    packed(outbox, 2)
+
+
+def test_memory_is_unmapped_when_nothing_is_taken(devices: tuple[FakeDevice, FakeDevice]) -> None:
+    outbox, arrivals = Outbox(devices[0]), Arrivals(devices[1])
+    parcel = packed(outbox, 0)
+    with arrivals.taken(parcel, (5000, 33)):
+        arrivals.close()
+        assert devices[1].opened
+    assert not devices[1].opened
+    take(arrivals, packed(outbox, 1))
+    assert devices[1].opened
+
+
+@pytest.mark.parametrize("refused", ["allocate", "export"])
+def test_a_gpu_that_lends_no_memory_sends_through_the_host(refused: str) -> None:
+    device = FakeDevice(refuses=refused)
+    shared = SharedGpu.of(device)
+    tensors = {"a": torch.randn(40, 50), "b": torch.randn(3)}
+    copy = to_copy(0, 1, tensors, shared)
+    assert copy.parcel is None
+    assert device.holds_nothing
+    for name, tensor in from_copy(copy, CPU, shared).items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_a_copy_in_a_parcel_has_the_digest_of_any_copy(devices: tuple[FakeDevice, FakeDevice]) -> None:
+    ours, theirs = map(SharedGpu.of, devices)
+    tensors = {"down": torch.randn(70, 40).bfloat16(), "bias": torch.randn(5), "up": torch.randn(9, 130)}
+    copy, plain = to_copy(0, 1, tensors, ours), to_copy(0, 1, tensors)
+    assert copy.parcel is not None
+    assert copy.digest == plain.digest
+    assert not sum(map(len, copy.tensors.values()))
+    for name, tensor in from_copy(copy, CPU, theirs).items():
+        assert torch.equal(tensor, tensors[name])
+    other = to_copy(0, 2, {name: tensor + 1 for name, tensor in tensors.items()}, ours)
+    with pytest.raises(PlacementError, match="expert 1 of layer 0 arrived damaged"):
+        from_copy(replace(copy, parcel=other.parcel), CPU, theirs)
+    with pytest.raises(PlacementError, match="cannot be read here: this worker shares none"):
+        from_copy(other, CPU)
+    with pytest.raises(PlacementError, match="cannot be read here: open was refused"):
+        from_copy(other, CPU, SharedGpu.of(FakeDevice(refuses="open")))
+
+
+def test_workers_of_a_gpu_replace_experts_by_parcels(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elastic_moe.model.exchange.join, "CudaDevice", FakeDevice)
+    path, prompt = tiny_checkpoint("gpt_oss", tmp_path_factory), [5, 6, 7, 8, 9]
+    cluster = Lockstep(path, [4, 4], transport="ipc")
+    cluster.scheduler.add(request("one", prompt, max_tokens=12))
+    tokens: list[int] = []
+    moved = 0
+    for step in range(14):
+        if step in (3, 7):
+            copy = next(iter(cluster.workers.values())).export_expert(0, cluster.placement.experts_of("w0", 0)[0])  # type: ignore[arg-type]
+            assert copy.parcel is not None
+            moved += cluster.replace(cluster.shuffled(step), [4, 4])
+        for output in cluster.step():
+            tokens += output.token_ids
+    assert moved > 2 * PLACES
+    assert tokens == greedy(path, prompt, 12, claimed=tokens)
+    for worker in cluster.workers.values():
+        device = worker._experts.shared.outbox._device  # type: ignore[union-attr]
+        for address in list(device.owned):  # type: ignore[attr-defined]
+            device.free(address)
+    exchanges = [worker._epoch.exchange for worker in cluster.workers.values()]  # type: ignore[union-attr]
+    for exchange in exchanges:
+        exchange.close()
+    assert all(exchange.wait_freed(20) for exchange in exchanges)  # type: ignore[union-attr]
