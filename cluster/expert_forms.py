@@ -8,7 +8,8 @@ from elastic_moe.cluster.errors import ConfigError
 
 
 class ExpertForm(StrEnum):
-    """How the matrices of an expert are kept. All forms but PLAIN are computed by the native library on CPUs."""
+    """How the matrices of an expert are kept. All forms but PLAIN are computed by the native library on CPUs, and are
+    unpacked in each step on GPUs."""
 
     PLAIN = "plain"
     """Weights in the served dtype."""
@@ -45,12 +46,12 @@ def expert_form(
 
     `kept` is the form in which the checkpoint's experts come, or PLAIN if they come in no form that is computed;
     `packed_as` names the format of its packed experts, or is None. `native`: whether the native library is there.
-    Raises ConfigError where experts would be rounded a second time, and for a form that `dtype` or `device` does not
-    allow.
+    Raises ConfigError where experts would be rounded a second time, and for a form that `dtype` does not allow.
     """
-    computed = dtype == "bfloat16" and device == "cpu"
+    on_cpu = device == "cpu"
+    computed = dtype == "bfloat16" or (dtype == "float16" and not on_cpu)
     if asked == "auto":
-        return kept if computed and native else ExpertForm.PLAIN
+        return kept if computed and (native or not on_cpu) else ExpertForm.PLAIN
     if asked == "bfloat16":
         if dtype != "bfloat16":
             raise ConfigError(f"expert_dtype: bfloat16 needs dtype bfloat16, and {dtype} is served")
@@ -60,9 +61,7 @@ def expert_form(
             f"expert_dtype: the checkpoint has its experts in {packed_as}, and {asked} would round them a second time; "
             "expected auto or bfloat16"
         )
-    if device != "cpu":
-        raise ConfigError(f"expert_dtype: {asked} is for CPUs, and the device is {device}; expected auto or bfloat16")
-    if dtype != "bfloat16":
+    if dtype != "bfloat16" and not (computed and packed_as is not None):
         raise ConfigError(f"expert_dtype: {asked} needs dtype bfloat16, and {dtype} is served")
     return ExpertForm(asked) if packed_as is None else kept
 

@@ -8,7 +8,8 @@ changes, the layer's stacks are made anew, one parameter at a time.
 
 Slots are written on the device's default stream, which runs operations in the order in which they were launched. What
 other threads read and bring runs beside it (staging.py). A flip changes many slots of all layers while no step runs, so
-`keep_together` launches their copies as one, and sends all tables at once.
+`keep_together` launches their copies as one, and sends all tables at once. Packed experts lie packed in the stacks
+(unpacking.py).
 
 Legend: R rows (tokens sent to this worker), H hidden, F expert width, K experts per token, N = R*K (row, choice) pairs,
 S slots, E logical experts, X = E + 1.
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.experts.unpacking import Packing, active_slots
 from elastic_moe.model.native.experts import find_gate
 from elastic_moe.model.staging import beside_steps, recorded, to_device
 from elastic_moe.model.torch_private import copy_all
@@ -61,11 +63,12 @@ class Slots:
 class StackedExperts:
     """A LayerExperts for GPUs."""
 
-    def __init__(self, module: nn.Module, *, kernels: bool = False) -> None:
+    def __init__(self, module: nn.Module, *, kernels: bool = False, packing: Packing | None = None) -> None:
         """`module` is the trunk's expert module, without weights; it knows layout and gate. `kernels`: whether those of
-        model/gpu/ serve its dtype and device."""
+        model/gpu/ serve its dtype and device. `packing`: how experts come and are kept; None: in the served dtype."""
         self._module = module
         self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
+        self.packing = packing
         self._pairs: ModuleType | None = None
         self._few: ModuleType | None = None
         self._gate: Gated | None = None
@@ -77,7 +80,8 @@ class StackedExperts:
             gate = find_gate(module)
             if gate is not None and gate.kind == 0 and not gate.interleaved and math.isinf(gate.limit):
                 self._gate = rows.silu_gate
-                self._few = None if module.is_transposed else few
+                # it reads matrices where they lie
+                self._few = None if module.is_transposed or packing is not None else few
         self._lock = threading.Lock()
         self._slots = Slots()
         self._beside: dict[int, Tensors] = {}
@@ -94,6 +98,8 @@ class StackedExperts:
     def put(self, expert: int, tensors: Tensors, *, borrowed: bool = False) -> None:
         if borrowed:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        if self.packing is not None:
+            tensors = self.packing.kept(tensors)
         with self._lock:
             slots = self._slots
             if expert in slots.experts:
@@ -211,9 +217,16 @@ class StackedExperts:
 
     def _run(self, stacks: Tensors, x_NH: Tensor, slot_N: Tensor | None, end_S: Tensor) -> Tensor:
         """Run rows, which are sorted by slot, through their experts. Only biases need `slot_N`."""
+        chosen_A = None
+        if self.packing is not None and len(x_NH) < len(end_S):
+            # no more slots than rows are unpacked
+            chosen_A, end_S = active_slots(end_S, len(x_NH))
 
         def project(x: Tensor, name: str) -> Tensor:
-            weight = stacks[name] if self._module.is_transposed else stacks[name].transpose(1, 2)
+            if self.packing is not None:
+                weight = self.packing.weights(stacks, name, chosen_A).transpose(1, 2)
+            else:
+                weight = stacks[name] if self._module.is_transposed else stacks[name].transpose(1, 2)
             y, bias = grouped_product(x, weight, end_S), stacks.get(f"{name}_bias")
             return y if bias is None else y + bias[slot_N]
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from elastic_moe.model import staging
 from elastic_moe.model.experts.interface import ABSENT, Next, Tensors
 from elastic_moe.model.experts.stacked import Slots, StackedExperts, feed_forward, weighted_sum
+from elastic_moe.model.experts.unpacking import Packing
 from elastic_moe.model.record_layout import RecordLayout, lay_out
 
 HOST_ROWS = 64
@@ -69,8 +70,8 @@ class _Pairs:
 class TieredStacks(StackedExperts):
     """A SlottedExperts for GPUs: the slots of its cache are memory of the device."""
 
-    def __init__(self, module: nn.Module, *, kernels: bool = False) -> None:
-        super().__init__(module, kernels=kernels)
+    def __init__(self, module: nn.Module, *, kernels: bool = False, packing: Packing | None = None) -> None:
+        super().__init__(module, kernels=kernels, packing=packing)
         self._layout: RecordLayout | None = None
         self._next: Next | None = None
         self._served: frozenset[int] = frozenset()
@@ -137,7 +138,10 @@ class TieredStacks(StackedExperts):
         """Run rows through one expert, where it lies."""
 
         def project(x: Tensor, name: str) -> Tensor:
-            weight = tensors[name] if self._module.is_transposed else tensors[name].T
+            if self.packing is not None:
+                weight = self.packing.matrix(tensors, name).T
+            else:
+                weight = tensors[name] if self._module.is_transposed else tensors[name].T
             y, bias = x @ weight, tensors.get(f"{name}_bias")
             return y if bias is None else y + bias
 
@@ -157,10 +161,14 @@ class TieredStacks(StackedExperts):
 
     def layout(self, tensors: Tensors) -> RecordLayout:
         if self._layout is None:
-            self._layout = lay_out("plain", tensors)
+            packing = self.packing
+            kept = tensors if packing is None else packing.kept(tensors)
+            self._layout = lay_out("plain" if packing is None else f"rows, {packing.form}", kept)
         return self._layout
 
     def write(self, tensors: Tensors, slot: Tensor) -> None:
+        if self.packing is not None:
+            tensors = self.packing.kept(tensors)
         for name, view in self._views(slot).items():
             view.copy_(tensors[name])
 
@@ -188,8 +196,11 @@ class TieredStacks(StackedExperts):
         """Run one row through the expert in a slot of the host's memory, to see how long it takes."""
         tensors = self._views(slot)
         first = tensors["gate_up_proj" if self._module.has_gate else "up_proj"]
-        hidden = first.shape[0] if self._module.is_transposed else first.shape[1]
-        self._run_one(tensors, torch.zeros(1, hidden, dtype=first.dtype))
+        if self.packing is not None:
+            hidden, dtype = self.packing.inputs(first), self.packing.dtype
+        else:
+            hidden, dtype = first.shape[0 if self._module.is_transposed else 1], first.dtype
+        self._run_one(tensors, torch.zeros(1, hidden, dtype=dtype))
 
     def supply(self, layer: int, next_ready: Next) -> None:
         self._next = next_ready

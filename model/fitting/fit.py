@@ -33,7 +33,9 @@ from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.fit import CodePath, FitNotes, FitReport, Part, PartFit
 from elastic_moe.model.experts.cpu import CpuExperts, not_native
 from elastic_moe.model.experts.interface import LayerExperts
+from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
+from elastic_moe.model.experts.unpacking import Packing
 from elastic_moe.model.fitting.attention_half import FittedLayer, decoder_layers, fit_layers
 from elastic_moe.model.fitting.feed_forward import join_feed_forwards
 from elastic_moe.model.fitting.latent_half import LatentLayer
@@ -181,9 +183,8 @@ def layer_experts(module: nn.Module, form: ExpertForm = ExpertForm.PLAIN) -> Lay
     """
     like = next(itertools.chain(module.parameters(), module.buffers()))
     if like.device.type != "cpu":
-        if form is not ExpertForm.PLAIN:
-            raise not_native(form, "it is for CPUs")
-        return TieredStacks(module, kernels=gpu_refusal(like.dtype, like.device) is None)
+        packing = None if form is ExpertForm.PLAIN else Packing(form, like.dtype)
+        return TieredStacks(module, kernels=gpu_refusal(like.dtype, like.device) is None, packing=packing)
     refusal = native_refusal(like.dtype, like.device)
     lib = library() if refusal is None else None
     gate = None if lib is None else find_gate(module)
@@ -253,8 +254,10 @@ def _apart(row: PartFit) -> PartFit:
 
 
 def _experts_label(layer: LayerExperts) -> str:
-    native = layer.native if isinstance(layer, CpuExperts) else None
-    return "MoE layers" if native is None or native.form is ExpertForm.PLAIN else f"MoE layers in {native.form}"
+    kept = (
+        layer.native if isinstance(layer, CpuExperts) else layer.packing if isinstance(layer, StackedExperts) else None
+    )
+    return "MoE layers" if kept is None or kept.form is ExpertForm.PLAIN else f"MoE layers in {kept.form}"
 
 
 def experts_path(layer: LayerExperts) -> tuple[CodePath, str | None]:

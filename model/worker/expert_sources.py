@@ -20,6 +20,7 @@ from elastic_moe.cluster.messages.epochs import ExpertCopy
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint
 from elastic_moe.model.checkpoints.loading import iter_experts
 from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.experts.rounding import rounded
 from elastic_moe.model.record_layout import PAGE
 from elastic_moe.model.shared_gpu.driver import DeviceError
 from elastic_moe.model.shared_gpu.memory import Device
@@ -40,6 +41,8 @@ class CheckpointExperts:
     checkpoint: Checkpoint
     dtype: torch.dtype
     form: ExpertForm
+    rounds: bool = False
+    """Whether experts come rounded; otherwise that is left to what holds them, as a CPU's native library does."""
 
     def read(
         self,
@@ -48,7 +51,15 @@ class CheckpointExperts:
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[tuple[int, int, Tensors]]:
         """Experts, given as (layer, expert), on `device`. `progress` is called with bytes that are read, and all."""
-        return iter_experts(self.checkpoint, pairs, dtype=self.dtype, device=device, form=self.form, progress=progress)
+        checkpoint, form = self.checkpoint, self.form
+        if not self.rounds or form in (ExpertForm.PLAIN, checkpoint.info.kept):
+            yield from iter_experts(checkpoint, pairs, dtype=self.dtype, device=device, form=form, progress=progress)
+            return
+        host = torch.device("cpu")
+        for layer, expert, tensors in iter_experts(checkpoint, pairs, dtype=self.dtype, device=host, progress=progress):
+            module: Any = checkpoint.skeleton.get_submodule(checkpoint.shape.expert_modules[layer])
+            made = rounded(tensors, form, transposed=bool(module.is_transposed))
+            yield layer, expert, {name: tensor.to(device) for name, tensor in made.items()}
 
     def read_to_host(self, layer: int, expert: int) -> Tensors:
         """One expert, in the host's memory."""

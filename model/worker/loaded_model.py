@@ -88,6 +88,7 @@ def load_model(spec: WorkerSpec, note: Callable[[float], None]) -> LoadedModel:
     dtype: torch.dtype = getattr(torch, spec.model.dtype)
     checkpoint = open_checkpoint(spec.model.path)
     info = checkpoint.info
+    on_cpu = device.type == "cpu"
     native = info.kept is ExpertForm.PLAIN or unavailable() is None
     form = info.form(spec.model.expert_dtype, spec.model.dtype, device.type, native=native)
     trunk = load_trunk(checkpoint, dtype=dtype, device=device)
@@ -98,7 +99,7 @@ def load_model(spec: WorkerSpec, note: Callable[[float], None]) -> LoadedModel:
     if len(spec.experts) != len(modules):
         raise CheckpointError(f"{len(modules)} MoE layers were found, {len(spec.experts)} expected")
     memory = WorkerMemory(spec=spec, info=info, form=form, fit=fitted, store=store)
-    source = CheckpointExperts(checkpoint=checkpoint, dtype=dtype, form=form)
+    source = CheckpointExperts(checkpoint=checkpoint, dtype=dtype, form=form, rounds=not on_cpu)
     first = memory.first_experts(_trunk_bytes(trunk, fitted))
     store.reserve([len(row) for row in first.rows])
     _read(source, store, first.rows, device, note)

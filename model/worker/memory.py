@@ -18,6 +18,7 @@ from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerSpec
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.model.experts.store import ExpertStore
+from elastic_moe.model.experts.unpacking import PIECE, WORK_BYTES
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.states.store import slots_per_sequence
 from elastic_moe.model.trunk.kv_cache import KVCache
@@ -131,7 +132,15 @@ class WorkerMemory:
         # what trials and loading have freed is torch's until then, and free to nobody
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        return min(free, total // self.spec.gpu_workers - torch.cuda.memory_reserved())
+        return min(free, total // self.spec.gpu_workers - torch.cuda.memory_reserved()) - self._unpacking_bytes()
+
+    def _unpacking_bytes(self) -> int:
+        """Bytes of a step in which a layer's packed experts are unpacked on a GPU."""
+        if self.form is ExpertForm.PLAIN:
+            return 0
+        plain = self.info.served_in(self.spec.model.dtype).expert_bytes
+        held = max(sum(e != EMPTY for e in experts) for experts in self.spec.experts)
+        return held * plain + PIECE * WORK_BYTES
 
     # --- When the experts are loaded ----------------------------------------------------------------------------
 

@@ -15,12 +15,14 @@ from torch import Tensor
 import elastic_moe.model.fitting.fit
 import elastic_moe.model.sampling.sampling
 import elastic_moe.model.staging
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.placement import Placement, contiguous
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules, iter_experts, load_trunk
 from elastic_moe.model.exchange.dispatch import TransportDispatcher
 from elastic_moe.model.exchange.dispatcher import Dispatcher
 from elastic_moe.model.exchange.transports import LocalTransport
+from elastic_moe.model.experts.rounding import rounded
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.fitting.fit import fit
@@ -56,9 +58,14 @@ class FarAway:
 
 
 def serve(
-    family: str, variant: VarlenVariant, slots: Sequence[int], factory: Any, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    variant: VarlenVariant,
+    slots: Sequence[int],
+    factory: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    form: ExpertForm = ExpertForm.PLAIN,
 ) -> Tensor:
-    """Logits of a step with two decodes and a chunk."""
+    """Logits of a step with two decodes and a chunk. Experts are rounded to `form`."""
     checkpoint = open_checkpoint(tiny_checkpoint(family, factory))
     cpu = torch.device("cpu")
     trunk = load_trunk(checkpoint, dtype=torch.bfloat16, device=cpu).to(META)
@@ -66,11 +73,13 @@ def serve(
     info = checkpoint.info
     placement: Placement = contiguous(info.num_layers, info.num_logical_experts, workers(*slots))
     monkeypatch.setattr(elastic_moe.model.fitting.fit, "find_variant", lambda *_, **__: variant)
-    fitted = fit(trunk, modules, block_size=16)
+    fitted = fit(trunk, modules, block_size=16, form=form)
     store = ExpertStore(fitted.experts)
     pairs = [(n, e) for n in range(info.num_layers) for e in placement.experts_of(placement.workers[0].id, n)]
     store.reserve([sum(n == layer for layer, _ in pairs) for n in range(info.num_layers)])
     for layer, expert, tensors in iter_experts(checkpoint, pairs, dtype=torch.bfloat16, device=cpu):
+        if form is not ExpertForm.PLAIN:
+            tensors = rounded(tensors, form, transposed=bool(modules[layer].is_transposed))
         store.put(layer, expert, {name: tensor.to(META) for name, tensor in tensors.items()})
     runner = ModelRunner(trunk, modules, fitted, device=META)
     runner.allocate(num_blocks=8, block_size=16, dtype=torch.bfloat16)
@@ -90,6 +99,15 @@ def test_a_step_asks_nothing(
     family: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = serve(family, VarlenVariant(paged=False), [8], tmp_path_factory, monkeypatch)
+    assert logits.shape[0] == 3
+
+
+@pytest.mark.parametrize("form", [ExpertForm.INT8, ExpertForm.INT4])
+@pytest.mark.parametrize("slots", [[8], [4, 4]])
+def test_a_step_of_packed_experts_asks_nothing(
+    form: ExpertForm, slots: list[int], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = serve("gpt_oss", VarlenVariant(paged=False), slots, tmp_path_factory, monkeypatch, form)
     assert logits.shape[0] == 3
 
 

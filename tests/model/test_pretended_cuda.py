@@ -15,7 +15,8 @@ from torch.nn.attention import varlen
 
 import elastic_moe.model.states.batch
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.cluster.fit import CodePath
+from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.cluster.fit import CodePath, Part
 from elastic_moe.cluster.messages.steps import StepPlan, StepResult
 from elastic_moe.cluster.placement import Tier
 from elastic_moe.model.worker.data_plane import DataPlane
@@ -171,11 +172,88 @@ def test_experts_that_come_from_pinned_memory_and_from_the_disk(
     assert worker.tier_counts().accesses[Tier.HOST] > 0
 
 
-@pytest.mark.parametrize("settings", [{"expert_dtype": "int8"}, {"expert_dtype": "int4"}, {"trunk_dtype": "int8"}])
-def test_what_cpus_alone_compute_is_refused(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    name, value = next(iter(settings.items()))
-    with pytest.raises(ConfigError, match=f"{name}: {value} is for CPUs, and the device is cuda"):
-        served(tiny_checkpoint("olmoe", tmp_path_factory), **settings)
+@pytest.mark.parametrize(
+    ("family", "name", "form"),
+    [
+        ("deepseek_v3", "fp8-ue8m0", ExpertForm.FP8),
+        ("glm4_moe", "mxfp4", ExpertForm.MXFP4),
+        ("qwen3_moe", "int4-symmetric", ExpertForm.INT4),
+        ("olmoe", "int4-asymmetric", ExpertForm.INT4_HALF),
+        ("qwen3_moe", "int8-channel", ExpertForm.INT8),
+    ],
+)
+def test_packed_experts_stay_packed_and_compute_as_unpacked_ones(
+    family: str, name: str, form: ExpertForm, tmp_path: Path
+) -> None:
+    """Across re-placements, in steps of one token and of many, which wait for the device as other steps do."""
+    sizes = {"hidden": 128, "layers": 2, "experts": 8, "top_k": 2, "ff": 128, "vocab": 300}
+    packed, _ = pack_checkpoint(make_random_checkpoint(tmp_path / "m", family, **sizes), tmp_path, CASES[name])
+    found = []
+    for expert_dtype in ("auto", "bfloat16"):
+        cluster = served(packed, (4, 4), expert_dtype=expert_dtype)
+        cluster.scheduler.add(request("one", PROMPTS[0], max_tokens=9))
+        tokens: list[int] = []
+        for step in range(12):
+            if step in (3, 6):
+                with entered():
+                    assert cluster.replace(cluster.shuffled(step), [4, 4]) > 0
+            for output in cluster.step():
+                tokens += output.token_ids
+        workers = cluster.workers.values()
+        with entered():
+            layer, expert = 0, min(next(iter(workers)).loaded.store.held(0))
+            copy = next(iter(workers)).export_expert(layer, expert)
+        found.append(
+            (
+                tokens,
+                [worker.waits for worker in workers],
+                sum(worker.loaded.store.nbytes for worker in workers),
+                set(copy.dtypes.values()),
+            )
+        )
+        labels = [row.modules for worker in workers for row in worker.report.rows if row.part is Part.EXPERTS]
+        assert labels == [f"MoE layers in {form}" if expert_dtype == "auto" else "MoE layers"] * len(labels) != []
+    (kept, kept_waits, kept_bytes, kept_dtypes), (plain, waits, plain_bytes, dtypes) = found
+    assert kept == plain
+    assert len(kept) == 9
+    assert kept_waits == waits
+    assert kept_bytes / plain_bytes < (0.52 if form in (ExpertForm.FP8, ExpertForm.INT8) else 0.29)
+    assert kept_dtypes & {"int8", "uint8"}
+    assert dtypes == {"bfloat16"}
+
+
+@pytest.mark.parametrize("expert_dtype", ["int8", "int4"])
+def test_experts_are_rounded_by_the_host(expert_dtype: str, tmp_path: Path) -> None:
+    sizes = {"hidden": 128, "layers": 2, "experts": 8, "top_k": 2, "ff": 128, "vocab": 300}
+    path = make_random_checkpoint(tmp_path / "m", "gpt_oss", **sizes)
+    cluster = served(path, expert_dtype=expert_dtype)
+    [worker] = cluster.workers.values()
+    with entered():
+        copy = worker.export_expert(0, 0)
+        size = worker.loaded.memory.expert_bytes
+    # biases stay as they are
+    assert sum(tensor.nbytes for tensor in copy.tensors.values()) == pytest.approx(size, rel=0.02)
+    assert len(cluster.run([request("one", PROMPTS[0], max_tokens=6)])["one"]) == 6
+    assert worker.waits["tolist"] == 1
+
+
+@pytest.mark.parametrize(("pinned", "hosted"), [(2, 2), (0, 8)])
+def test_packed_experts_that_come_from_pinned_memory_and_from_the_disk(
+    pinned: int, hosted: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tiny_checkpoint("gpt_oss", tmp_path_factory)
+    found = []
+    for tiers in ({}, {"pinned": pinned, "hosted": hosted, "cache_dir": tmp_path}):
+        cluster = served(path, expert_dtype="int8", **tiers)
+        found.append(cluster.run([request("one", PROMPTS[0], max_tokens=6)])["one"])
+    [worker] = cluster.workers.values()
+    assert found[0] == found[1]
+    assert worker.tier_counts().accesses[Tier.HOST] > 0
+
+
+def test_what_cpus_alone_compute_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(ConfigError, match="trunk_dtype: int8 is for CPUs, and the device is cuda"):
+        served(tiny_checkpoint("olmoe", tmp_path_factory), trunk_dtype="int8")
 
 
 # --- The device itself ------------------------------------------------------------------------------------------------

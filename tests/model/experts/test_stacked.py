@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import elastic_moe.model.experts.stacked
-from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.experts.interface import ABSENT, LayerExperts, Tensors
@@ -170,11 +169,14 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
         torch.testing.assert_close(alone[0], together[row], rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 
 
-def test_experts_on_a_gpu_are_not_kept_in_8_bits() -> None:
+def test_experts_on_a_gpu_are_kept_in_the_form_that_is_asked_for() -> None:
     module = Experts(**PLAIN).to("meta")
-    assert isinstance(layer_experts(module), StackedExperts)
-    with pytest.raises(UserError, match="expert_dtype: int8 needs the native library: it is for CPUs"):
-        layer_experts(module, ExpertForm.INT8)
+    plain, packed = layer_experts(module), layer_experts(module, ExpertForm.INT8)
+    assert isinstance(plain, StackedExperts)
+    assert isinstance(packed, StackedExperts)
+    assert plain.packing is None
+    assert packed.packing is not None
+    assert packed.packing.form is ExpertForm.INT8
 
 
 def test_a_flip_of_many_layers_is_launched_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

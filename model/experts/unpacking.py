@@ -1,0 +1,114 @@
+"""Experts that stay packed on a GPU: those that rows have chosen are unpacked into a buffer before the grouped product.
+
+A weight gets the bits that it has where it is unpacked when it is loaded: code by scale in float32, rounded once to the
+served dtype. In the stacks lie the tensors of model/int8.py and model/int4.py as they are, except that zero points lie
+two in a byte.
+
+Legend: S slots, A active slots, N outputs, K inputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.model import int4, int8
+from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.formats.small_floats import E2M1
+
+PIECE = 1 << 24
+"""Weights that are unpacked at a time, each of which takes up to WORK_BYTES meanwhile. A larger matrix is one piece."""
+WORK_BYTES = 12
+_WHOLE_BYTES = frozenset({ExpertForm.INT8, ExpertForm.FP8})
+
+
+class Packing:
+    """One form of the experts of a layer, and the dtype that it is unpacked to."""
+
+    def __init__(self, form: ExpertForm, dtype: torch.dtype) -> None:
+        """form: other than PLAIN."""
+        self.form = form
+        self.dtype = dtype
+        self._group = int8.GROUP if form in _WHOLE_BYTES else int4.GROUP
+        self._pairs: dict[torch.device, Tensor] = {}
+        """[256, 2] the two weights of a byte, by device: a step may not bring them there."""
+
+    def kept(self, tensors: Tensors) -> Tensors:
+        """One expert as it lies in the stacks. `tensors` are codes as they are loaded, or what this returned before."""
+        if self.form not in _WHOLE_BYTES:
+            for device in {next(iter(tensors.values())).device, torch.device("cpu")} - self._pairs.keys():
+                self._pairs[device] = _pairs(self.form).to(device)
+        return {
+            name: _two_in_a_byte(tensor)
+            if name.endswith(int4.ZERO) and tensor.shape == tensors[name.removesuffix(int4.ZERO) + int8.SCALE].shape
+            else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def inputs(self, matrix: Tensor) -> int:
+        """Inputs of a matrix of codes [..., N, K] or [..., N, K/2]."""
+        return matrix.shape[-1] * (1 if self.form in _WHOLE_BYTES else 2)
+
+    def weights(self, stacks: Tensors, name: str, chosen_A: Tensor | None = None) -> Tensor:
+        """The matrices of this name in all slots, or in the chosen ones: [A, N, K]. The CPU waits for nothing."""
+        parts = [stacks[name], stacks[name + int8.SCALE]]
+        if (zeros := stacks.get(name + int4.ZERO)) is not None:
+            parts.append(zeros)
+        count = len(parts[0]) if chosen_A is None else len(chosen_A)
+        outputs, inputs = parts[0].shape[1], self.inputs(parts[0])
+        out = torch.empty(count, outputs, inputs, dtype=self.dtype, device=parts[0].device)
+        step = max(1, PIECE // (outputs * inputs))
+        for at in range(0, count, step):
+            here = slice(at, at + step)
+            pieces = [part[here] if chosen_A is None else part.index_select(0, chosen_A[here]) for part in parts]
+            out[here] = self._unpacked(inputs, *pieces)
+        return out
+
+    def matrix(self, tensors: Tensors, name: str) -> Tensor:
+        """One expert's matrix of this name: [N, K]."""
+        return self.weights({key: tensor[None] for key, tensor in tensors.items()}, name)[0]
+
+    def _unpacked(self, inputs: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """[A, N, K] in float32."""
+        if self.form is ExpertForm.FP8:
+            values = codes.view(torch.float8_e4m3fn).float()
+        elif self.form is ExpertForm.INT8:
+            values = codes.float()
+        else:
+            values = F.embedding(codes.int(), self._pairs[codes.device]).flatten(-2)
+        groups = scales.shape[-1]
+        values = F.pad(values, (0, groups * self._group - inputs)).view(*scales.shape, self._group)
+        if zeros is not None:
+            values = values.sub_(torch.stack((zeros & 15, zeros >> 4), -1).flatten(-2)[..., :groups, None].float())
+        return values.mul_(scales[..., None].float()).flatten(-2)[..., :inputs]
+
+
+def active_slots(end_S: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """The slots that have rows, and where their rows end: both [min(pairs, S)]. Further entries have no rows.
+
+    end_S: where the rows of each slot end, of at most `pairs`. The CPU does not wait to know how many slots have rows.
+    """
+    size = len(end_S)
+    count = min(pairs, size)
+    has_S = end_S > F.pad(end_S[:-1], (1, 0))
+    # what has no rows goes to the place behind the last, which is cut off
+    place_S = torch.where(has_S, has_S.cumsum(0) - 1, count)
+    slot_S = torch.arange(size, device=end_S.device)
+    slot_A = torch.zeros(count + 1, dtype=slot_S.dtype, device=end_S.device).scatter_(0, place_S, slot_S)
+    end_A = end_S[-1:].repeat(count + 1).scatter_(0, place_S, end_S)
+    return slot_A[:count], end_A[:count]
+
+
+def _pairs(form: ExpertForm) -> Tensor:
+    # codes of E2M1 are kept as twice their values, beside half scales
+    values = torch.tensor(E2M1) * 2 if form is ExpertForm.MXFP4 else torch.arange(16.0)
+    byte = torch.arange(256)
+    return torch.stack((values[byte & 15], values[byte >> 4]), -1)
+
+
+def _two_in_a_byte(zeros_NG: Tensor) -> Tensor:
+    """Zero points of 4 bits [N, G], two in a byte: [N, ceil(G / 2)]."""
+    padded = F.pad(zeros_NG, (0, zeros_NG.shape[-1] % 2))
+    return padded[..., ::2] | (padded[..., 1::2] << 4)
