@@ -264,14 +264,14 @@ class ServerProcesses:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises UserError where no process can listen on that address and port."""
+    """Raises UserError where no process can listen on that address and port; ConfigError for a name without address."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except socket.gaierror:
-        raise UserError(f"host: expected an address or a name of this machine, got {host!r}") from None
+        raise ConfigError(f"host: expected an address or a name of this machine, got {host!r}") from None
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {why(error)} (--port takes another)") from None
 
