@@ -136,11 +136,11 @@ def of_members(facts: Facts, placement: Placement) -> Placement:
         ("num_layers", placement.num_layers, current.num_layers),
     ):
         if asked != there:
-            raise PlacementError(f"placement: {what} must be {there}, as at present, got {asked}")
+            raise PlacementError(f"placement: {what}: expected {there}, as at present, got {asked}")
     # a saved placement may be from before a restart, when nodes had other ids
     placement = replace(placement, workers=current.workers)
     if (short := too_much(facts, placement)) is not None:
-        raise PlacementError(f"placement: {short}")
+        raise PlacementError(f"placement: physical_to_logical_map: {short}")
     if (short := _crowded(facts, placement)) is not None:
         raise PlacementError(f"placement: tiers: {short}")
     return with_tiers(facts, placement)
