@@ -334,15 +334,11 @@ class RayFleet:
 
     @property
     def standby(self) -> bool:
-        return self._config.standby and self._on_one_machines_cpus
+        return self._config.standby and self._alone and self.device() == "cpu"
 
     @property
     def _forks(self) -> bool:
-        return may_fork(self._config, alone=self._alone) and self._on_one_machines_cpus
-
-    @property
-    def _on_one_machines_cpus(self) -> bool:
-        return self._alone and self.device() == "cpu"
+        return may_fork(self._config, alone=self._alone) and self.device() == "cpu"
 
     def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[WorkerActor]:
         worker_class = self._worker_class
