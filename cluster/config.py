@@ -9,20 +9,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import reprlib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.cluster.lines import meant
-from elastic_moe.cluster.peers import Networks
-from elastic_moe.cluster.setting import DAY_S, MILLION, MOST_BYTES, checked, misplaced, names, setting
+from elastic_moe.cluster.peers import Networks, check_origins, check_root_path
+from elastic_moe.cluster.setting import DAY_S, MILLION, MOST_BYTES, by_fields, check_fields, names, setting
 
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
-ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 COLLECTOR = re.compile(r"(https?|grpc)://[^/?#\s]+(/[^\s]*)?")
 PLANNERS = (
     "contiguous", "round_robin", "random", "greedy", "anticorrelation", "eplb", "pinning", "load_ilp", "moetuner",
@@ -32,8 +27,6 @@ PLANNERS = (
 MOST_WORKERS = 4096
 MOST_TOKENS = 10**9
 """Of one request. The model's own limit is below."""
-OWN_PATHS = ("v1", "admin", "page")
-"""First parts of paths that have further parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +90,7 @@ class ServeConfig:
         None,
         "file of constants by which planners reckon, as `emoe calibrate` writes it; if not given, what it has measured "
         "of this model on the head node, if anything",
+        made_absolute=True,
     )
     device: str = setting(
         "auto", "device that workers compute on; auto takes GPUs where there are any", choices=("auto", "cpu", "cuda")
@@ -168,6 +162,7 @@ class ServeConfig:
         None,
         "directory of each node in which experts are kept as they are computed with, for fast reading; if not given, "
         "~/.cache/elastic-moe/experts",
+        made_absolute=True,
     )
     expert_cache_policy: str = setting(
         "lfru",
@@ -340,25 +335,15 @@ class ServeConfig:
         None,
         "URL of an OpenTelemetry collector that gets a trace of each request and operation: http://HOST:4318/v1/traces "
         "sends over HTTP, http://HOST:4317 over gRPC; needs pip install 'elastic-moe[otlp]'",
+        like=(COLLECTOR, "a URL such as http://localhost:4318/v1/traces"),
     )
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, checked(field, hints[field.name], getattr(self, field.name)))
+        check_fields(self)
         Networks.parse(self.forwarded_allow_ips)
-        if self.expert_cache_dir is not None:
-            # workers have other working directories
-            object.__setattr__(self, "expert_cache_dir", os.path.abspath(os.path.expanduser(self.expert_cache_dir)))
-        if self.calibration is not None:
-            object.__setattr__(self, "calibration", os.path.abspath(os.path.expanduser(self.calibration)))
-        if self.otlp_traces_endpoint is not None and not COLLECTOR.fullmatch(self.otlp_traces_endpoint):
-            raise ConfigError(
-                "otlp_traces_endpoint: expected a URL such as http://localhost:4318/v1/traces, "
-                f"got {reprlib.repr(self.otlp_traces_endpoint)}"
-            )
         self._check_limits()
-        self._check_web()
+        check_origins(self.origins)
+        check_root_path(self.root_path)
 
     def _check_limits(self) -> None:
         if self.max_workers is None:
@@ -371,17 +356,6 @@ class ServeConfig:
         if not least <= self.workers <= self.max_workers:
             raise ConfigError(f"workers: expected {least} to {self.max_workers}, the limits of the autoscaler, "
                               f"got {self.workers}")  # fmt: skip
-
-    def _check_web(self) -> None:
-        for origin in self.origins:
-            if origin != "*" and not ORIGIN.fullmatch(origin):
-                raise ConfigError(
-                    f"allowed_origins: expected origins such as https://chat.example.org, or *, got {origin!r}"
-                )
-        if self.root_path and not ROOT_PATH.fullmatch(self.root_path):
-            raise ConfigError(f"root_path: expected a path such as /llm, got {self.root_path!r}")
-        if self.root_path.split("/")[1:2] in ([name] for name in OWN_PATHS):
-            raise ConfigError(f"root_path: {self.root_path} is the beginning of this server's own paths; use another")
 
     @property
     def origins(self) -> tuple[str, ...]:
@@ -407,29 +381,10 @@ class ServeConfig:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, source: str = "configuration") -> ServeConfig:
         """From the keys of a YAML file or of Serve's `args`; `-` and `_` are the same. Unknown keys raise."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in data.items():
-            name = key.replace("-", "_") if isinstance(key, str) else ""
-            if name not in known:
-                hint = misplaced(data, key, known) or _negated(name, value) or meant(name, sorted(known))
-                hint = hint or f"; known keys: {', '.join(sorted(known))}"
-                raise ConfigError(f"{source}: unknown key {reprlib.repr(key)}{hint}")
-            if name in values:
-                raise ConfigError(f"{source}: {key!r} is given twice")
-            values[name] = value
         try:
-            return cls(**values)
+            return cls(**by_fields(dataclasses.fields(cls), data))
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
-
-
-def _negated(name: str, value: object) -> str:
-    """What a message says of a key such as no_standby, which is only a flag's name; empty for another key."""
-    field = next((each for each in dataclasses.fields(ServeConfig) if f"no_{each.name}" == name), None)
-    if field is None or not isinstance(field.default, bool):
-        return ""
-    return f": --{name.replace('_', '-')} is a flag; the key is {field.name}: {'true' if value is False else 'false'}"
 
 
 def cache_directory() -> Path:

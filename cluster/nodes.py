@@ -58,3 +58,8 @@ def free_cores(nodes: Sequence[Node]) -> dict[str, int]:
 def threads(nodes: Sequence[Node]) -> int:
     """Cores that the workers of one of these nodes share: of the smallest one, since any may get the next worker."""
     return max(1, int(min((node.total.get(CPU, 1.0) for node in nodes), default=1.0)))
+
+
+def all_cores(nodes: Sequence[Node]) -> int:
+    """Whole cores of all nodes together, in use or not, but those of nodes that are about to leave."""
+    return int(sum(node.total.get(CPU, 0) for node in nodes if not node.drains))

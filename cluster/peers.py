@@ -1,4 +1,5 @@
-"""Who sent a request, and to which name: client addresses, trusted proxies, and the Host header."""
+"""Who sends requests, and to which name: client addresses, trusted proxies, origins of pages, the Host header, and the
+path that a proxy serves."""
 
 from __future__ import annotations
 
@@ -15,6 +16,11 @@ PEER_HEADER = "x-emoe-peer"
 """HAProxy writes the client's address into this header, and replaces what the client wrote there."""
 LOOPBACK_NETWORKS: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 EVERYWHERE: tuple[Network, ...] = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+|null")
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+OWN_PATHS = ("v1", "admin", "page")
+"""First parts of this server's paths that have further parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +101,20 @@ def is_allowed_host(header: str, allowed: Sequence[str]) -> bool:
     """
     name = host_name(header)
     return is_loopback(name) or name.endswith(".localhost") or name in allowed or "*" in allowed
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Raises ConfigError for what is no origin of a page, nor `*`."""
+    for origin in origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"allowed_origins: expected origins such as https://chat.example.org, or *, got {origin!r}"
+            )
+
+
+def check_root_path(path: str) -> None:
+    """Raises ConfigError for what is no path, and for one that this server's own would be taken for."""
+    if path and not ROOT_PATH.fullmatch(path):
+        raise ConfigError(f"root_path: expected a path such as /llm, got {path!r}")
+    if path.split("/")[1:2] in ([name] for name in OWN_PATHS):
+        raise ConfigError(f"root_path: {path} is the beginning of this server's own paths; use another")

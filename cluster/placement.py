@@ -197,9 +197,9 @@ class Placement:
         layers = data.get("num_layers")
         words = data.get("tiers")
         if table.dtype.kind != "i" or table.ndim != 2:
-            raise PlacementError("placement: physical_to_logical_map must be a list of equally long lists of integers")
+            raise PlacementError("placement: physical_to_logical_map: expected equally long lists of integers")
         if int(table.min(initial=0)) < -(2**31) or int(table.max(initial=0)) >= 2**31:
-            raise PlacementError("placement: physical_to_logical_map holds a number that is no expert id")
+            raise PlacementError("placement: physical_to_logical_map: holds a number that is no expert id")
         placement = cls(
             num_logical_experts=experts,
             workers=workers,
@@ -207,10 +207,10 @@ class Placement:
             tiers=_tiers_of_words(words, table.shape),
         )
         if owners is not None and owners != placement.slot_to_worker.tolist():
-            raise PlacementError("placement: slot_to_worker must list each worker's slots one after another, in order")
+            raise PlacementError("placement: slot_to_worker: expected each worker's slots one after another, in order")
         if layers is not None and layers != placement.num_layers:
             raise PlacementError(
-                f"placement: num_layers is {layers}, the map has {counted(placement.num_layers, 'row')}"
+                f"placement: num_layers: expected {placement.num_layers}, the map's rows, got {in_json(layers)}"
             )
         return placement
 
@@ -245,32 +245,32 @@ class Placement:
         return hash((self.num_logical_experts, self.workers, *tables))
 
     def _verify(self) -> None:
-        table = self.physical_to_logical_map
+        table, where = self.physical_to_logical_map, "placement: physical_to_logical_map"
         if not self.workers:
-            raise PlacementError("placement: no workers")
+            raise PlacementError("placement: workers: none given")
         if len({worker.id for worker in self.workers}) != len(self.workers):
-            raise PlacementError("placement: a worker is listed twice")
+            raise PlacementError("placement: workers: one is listed twice")
         if any(worker.slots < 1 for worker in self.workers):
-            raise PlacementError("placement: every worker needs at least one slot")
+            raise PlacementError("placement: workers: every worker needs at least one slot")
         if table.ndim != 2 or table.shape[1] != self.num_slots:
-            raise PlacementError(f"placement: the map is {list(table.shape)}, expected [layers, {self.num_slots}]")
+            raise PlacementError(f"{where}: expected [layers, {self.num_slots}], got {list(table.shape)}")
         if self.tiers.shape != table.shape:
-            raise PlacementError(f"placement: tiers is {list(self.tiers.shape)}, expected {list(table.shape)}")
+            raise PlacementError(f"placement: tiers: expected {list(table.shape)}, got {list(self.tiers.shape)}")
         if self.tiers.size and (self.tiers.min() < min(Tier) or self.tiers.max() > max(Tier)):
-            raise PlacementError(f"placement: a tier must lie between {min(Tier):d} and {max(Tier):d}")
+            raise PlacementError(f"placement: tiers: expected {min(Tier):d} to {max(Tier):d}")
         if not 1 <= self.num_logical_experts <= self.num_slots:
             raise PlacementError(
-                f"placement: expected 1 to {self.num_slots} logical experts, one for each slot at most, "
+                f"placement: num_logical_experts: expected 1 to {self.num_slots}, one for each slot at most, "
                 f"got {self.num_logical_experts}"
             )
         if table.size and (table.min() < EMPTY or table.max() >= self.num_logical_experts):
-            raise PlacementError(f"placement: expert ids must lie between -1 and {self.num_logical_experts - 1}")
+            raise PlacementError(f"{where}: expected expert ids from -1 to {self.num_logical_experts - 1}")
         placed = np.zeros((self.num_layers, self.num_logical_experts + 1), dtype=np.bool_)
         # what is EMPTY counts in the last column, beside the experts
         placed[np.arange(self.num_layers)[:, None], table] = True
         for at in np.flatnonzero(~placed[:, : self.num_logical_experts])[:1].tolist():
             layer, expert = divmod(at, self.num_logical_experts)
-            raise PlacementError(f"placement: layer {layer} has no slot for expert {expert}")
+            raise PlacementError(f"{where}: layer {layer} has no slot for expert {expert}")
         held = self.slot_to_worker.astype(np.int64) * self.num_logical_experts + table
         held[table == EMPTY] = EMPTY
         held.sort(axis=1)
@@ -278,7 +278,7 @@ class Placement:
         for first in np.flatnonzero(twice)[:1].tolist():
             layer, at = divmod(first, twice.shape[1])
             worker = self.workers[int(held[layer, at]) // self.num_logical_experts]
-            raise PlacementError(f"placement: worker {worker.id} holds an expert of layer {layer} twice")
+            raise PlacementError(f"{where}: worker {worker.id} holds an expert of layer {layer} twice")
 
 
 def _value(data: Any, key: str, where: str) -> Any:
@@ -286,7 +286,7 @@ def _value(data: Any, key: str, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise PlacementError(f"placement: {where.removesuffix('.')}: expected an object, got {in_json(data)}")
     if key not in data:
-        raise PlacementError(f"placement: the key '{where}{key}' is missing")
+        raise PlacementError(f"placement: {where}{key}: the key is missing")
     return data[key]
 
 
@@ -318,13 +318,13 @@ def _tiers_of_words(words: Any, shape: tuple[int, ...]) -> TierArray:
         return np.zeros((0, 0), dtype=np.int8)
     known = {tier.word: tier.value for tier in Tier}
     if not isinstance(words, list) or any(not isinstance(row, list) for row in words):
-        raise PlacementError("placement: tiers must be a list of lists")
+        raise PlacementError("placement: tiers: expected a list of lists")
     for word in (word for row in words for word in row):
         if not isinstance(word, str) or word not in known:
             raise PlacementError(f"placement: tiers: expected one of {', '.join(known)}, got {reprlib.repr(word)}")
     lengths = {len(row) for row in words}
     if len(words) != shape[0] or lengths - {shape[1]}:
-        raise PlacementError("placement: tiers must have a word for each slot of physical_to_logical_map")
+        raise PlacementError("placement: tiers: expected a word for each slot of physical_to_logical_map")
     return np.array([[known[word] for word in row] for row in words], dtype=np.int8).reshape(shape)
 
 

@@ -1,4 +1,4 @@
-"""One setting of ServeConfig (cluster/config.py): how it is declared, read and checked.
+"""The settings of ServeConfig (cluster/config.py): how one is declared, read and checked.
 
 A field's metadata carries the help text, the range of a number and, where the values are few, the choices; the command
 line is made from it. Flags of other verbs are read by the same functions.
@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import re
 import reprlib
 import types
@@ -25,7 +26,7 @@ from yaml.error import MarkedYAMLError
 from yaml.reader import ReaderError
 
 from elastic_moe.cluster.errors import ConfigError, why
-from elastic_moe.cluster.lines import counted, in_json
+from elastic_moe.cluster.lines import counted, in_json, meant
 
 DAY_S = 86_400.0
 """The longest wait that a setting may ask for, in seconds, unless it says another."""
@@ -56,10 +57,14 @@ def setting(
     choices: tuple[str, ...] = (),
     within: tuple[float, float] | None = None,
     scaled: bool = False,
+    made_absolute: bool = False,
+    like: tuple[re.Pattern[str], str] | None = None,
 ) -> Any:
     """A field of ServeConfig: its default, its text in --help, and the values that are allowed. `within`: the
-    least and the largest number. scaled: it may be written as 32k, as bytes may be in any case."""
-    allowed = {"choices": choices, "within": within, "scaled": scaled}
+    least and the largest number. scaled: it may be written as 32k, as bytes may be in any case. made_absolute: it is a
+    path, which must not depend on the working directory, since workers have others. `like`: what a text must match, and
+    that in words."""
+    allowed = {"choices": choices, "within": within, "scaled": scaled, "made_absolute": made_absolute, "like": like}
     return dataclasses.field(default=default, metadata={"help": help} | allowed)
 
 
@@ -153,7 +158,15 @@ def base_type(hint: Any) -> type:
     return typing.cast(type, hint)
 
 
-def checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+def check_fields(settings: Any) -> None:
+    """Check every field of a frozen dataclass of settings, and give it the value as it is to be. Raises ConfigError."""
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value = _checked(field, hints[field.name], getattr(settings, field.name))
+        object.__setattr__(settings, field.name, value)
+
+
+def _checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """`value` as the field has it. Raises ConfigError for a wrong type, and for a value that is not allowed."""
     if value is None and hint != base_type(hint):
         return None
@@ -180,6 +193,11 @@ def checked(field: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     bounds = field.metadata["within"]
     if bounds is not None and not is_within(typing.cast(float, value), bounds):
         raise ConfigError(f"{field.name}: expected {range_text(bounds)}, got {shown}")
+    like = field.metadata["like"]
+    if like is not None and not like[0].fullmatch(value):
+        raise ConfigError(f"{field.name}: expected {like[1]}, got {shown}")
+    if field.metadata["made_absolute"]:
+        value = os.path.abspath(os.path.expanduser(typing.cast(str, value)))
     return value
 
 
@@ -297,7 +315,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def misplaced(data: Mapping[Any, Any], key: object, known: Collection[str]) -> str:
+def by_fields(fields: Collection[dataclasses.Field[Any]], data: Mapping[Any, Any]) -> dict[str, Any]:
+    """The values of a mapping by the names of their fields; `-` and `_` are the same in a key. They are not checked.
+
+    Raises ConfigError for an unknown key, and for one that is given twice.
+    """
+    known = sorted(field.name for field in fields)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = key.replace("-", "_") if isinstance(key, str) else ""
+        if name not in known:
+            hint = _misplaced(data, key, known) or _negated(fields, name, value) or meant(name, known)
+            hint = hint or f"; known keys: {', '.join(known)}"
+            raise ConfigError(f"unknown key {reprlib.repr(key)}{hint}")
+        if name in values:
+            raise ConfigError(f"{key!r} is given twice")
+        values[name] = value
+    return values
+
+
+def _negated(fields: Collection[dataclasses.Field[Any]], name: str, value: object) -> str:
+    """What a message says of a key such as no_standby, which is only a flag's name; empty for another key."""
+    field = next((each for each in fields if f"no_{each.name}" == name), None)
+    if field is None or not isinstance(field.default, bool):
+        return ""
+    return f": --{name.replace('_', '-')} is a flag; the key is {field.name}: {'true' if value is False else 'false'}"
+
+
+def _misplaced(data: Mapping[Any, Any], key: object, known: Collection[str]) -> str:
     """What a message says of an unknown key of a file in which settings lie deeper, as in one for Serve; else empty."""
     for value in data.values():
         for part in value if isinstance(value, list) else ():

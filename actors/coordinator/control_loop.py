@@ -25,7 +25,7 @@ from elastic_moe.actors.coordinator.opening import reconfigured
 from elastic_moe.actors.coordinator.planning import Planners
 from elastic_moe.actors.coordinator.polling import Poller, RollCall, wait_clause
 from elastic_moe.actors.coordinator.processes import Processes
-from elastic_moe.actors.coordinator.views import Outline, log_changes
+from elastic_moe.actors.coordinator.views import Outline, cluster_view, log_changes, worker_views
 from elastic_moe.actors.remote.ask import ask
 from elastic_moe.actors.remote.calls import one_line
 from elastic_moe.actors.remote.saving import Saver
@@ -56,6 +56,7 @@ from elastic_moe.cluster.facts.events import (
 )
 from elastic_moe.cluster.facts.routing import RoutingWindow
 from elastic_moe.cluster.messages.epochs import ModelSpec
+from elastic_moe.cluster.messages.views import ClusterView, Readiness, Revision, WorkerView
 from elastic_moe.optimizer.subjects.memory import SavedSubjects, SubjectMemory
 from elastic_moe.optimizer.subjects.watch import Sight, SubjectWatch
 
@@ -124,6 +125,31 @@ class ControlLoop:
         self._spawn = spawn
         self._exporter = Exporter.open(config, "coordinator", config.served_model_name or Path(spec.path).name)
         self._spans = OperationSpans()
+
+    def readiness(self, now: float) -> Readiness:
+        readiness = self.state.readiness()
+        loading = [record for record in self.state.facts.alive if not record.loaded]
+        if readiness.ready or readiness.error or not loading:
+            return readiness
+        return Readiness(ready=False, reason=f"{readiness.reason}; {self.poller.progress(loading, now)}")
+
+    def workers(self, now: float) -> list[WorkerView]:
+        poller = self.poller
+        return worker_views(
+            self.state,
+            poller.status,
+            poller.resident,
+            poller.link_gbps,
+            self.processes.standby,
+            self._fleet.device(),
+            lambda record: poller.waits_for(record, now),
+        )
+
+    def cluster(self, known: Revision, now: float) -> ClusterView:
+        """What an open page shows. It takes no call to the engine. `known`: the revision of the page's last answer."""
+        serves = self.processes.engine is not None and self.processes.engine_serves
+        status = self.poller.status if serves else None
+        return cluster_view(self.state, self.window, self.workers(now), status, self.poller.status_at, known, now)
 
     async def run(self) -> None:
         """Poll once per POLL_S and tick once per TICK_S. Never returns."""

@@ -17,13 +17,11 @@ from elastic_moe.actors.coordinator.fleet import Fleet
 from elastic_moe.actors.coordinator.opening import control_settings, model_spec
 from elastic_moe.actors.coordinator.processes import Processes
 from elastic_moe.actors.coordinator.views import (
-    cluster_view,
     newest_operation,
     operation_views,
     placement_view,
     routing_view,
     with_progress,
-    worker_views,
 )
 from elastic_moe.actors.departure import Departure
 from elastic_moe.actors.engine.engine import Engine
@@ -98,12 +96,7 @@ class Coordinator:
             return Readiness(ready=False, reason=self._error, error=self._error)
         if self._loop is None:
             return Readiness(ready=False, reason="opening the checkpoint")
-        readiness = self._loop.state.readiness()
-        loading = [record for record in self._loop.state.facts.alive if not record.loaded]
-        if readiness.ready or readiness.error or not loading:
-            return readiness
-        progress = self._loop.poller.progress(loading, time.monotonic())
-        return Readiness(ready=False, reason=f"{readiness.reason}; {progress}")
+        return self._loop.readiness(time.monotonic())
 
     async def model_info(self) -> ModelInfo:
         return self._require_loop().state.model
@@ -120,31 +113,14 @@ class Coordinator:
     async def workers(self) -> list[WorkerView]:
         loop = self._require_loop()
         await loop.poller.refresh_status()
-        return self._worker_views(loop)
-
-    def _worker_views(self, loop: ControlLoop) -> list[WorkerView]:
-        poller, now = loop.poller, time.monotonic()
-        return worker_views(
-            loop.state,
-            poller.status,
-            poller.resident,
-            poller.link_gbps,
-            loop.processes.standby,
-            self._fleet.device(),
-            lambda record: poller.waits_for(record, now),
-        )
+        return loop.workers(time.monotonic())
 
     async def cluster(self, known: Revision) -> ClusterView:
         """Everything that an open page shows, in one call. `known`: the revision of the caller's last answer.
 
         The engine's status is that of the last poll, which takes no call to the engine.
         """
-        loop = self._require_loop()
-        poller, processes = loop.poller, loop.processes
-        serves = processes.engine is not None and processes.engine_serves
-        status = poller.status if serves else None
-        workers = self._worker_views(loop)
-        return cluster_view(loop.state, loop.window, workers, status, poller.status_at, known, time.monotonic())
+        return self._require_loop().cluster(known, time.monotonic())
 
     async def preview(self, planner: str) -> RebalancePreview:
         """What a re-placement would gain. Raises NotReadyError, and ConfigError for an unknown planner."""
@@ -366,7 +342,7 @@ class Coordinator:
         """Read the checkpoint's description of the model, and begin."""
         model = await asyncio.to_thread(self._fleet.read_model, self._model_dir)
         spec = model_spec(self._config, model, self._model_dir, self._fleet.device())
-        state = ControlState(control_settings(self._config, model, self._fleet), model)
+        state = ControlState(control_settings(self._config, model, shared_gpus=self._fleet.shared_gpus), model)
         self._begin(state, spec, Processes(self._fleet, model.expert_bytes))
         logger.info("%s: %s with %d MoE layers of %d experts, %s on %s", self._model_dir, model.architecture,
                     model.num_layers, model.num_logical_experts, spec.dtype, spec.device)  # fmt: skip

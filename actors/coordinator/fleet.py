@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Awaitable, Mapping
@@ -16,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_moe.actors import names
 from elastic_moe.actors.coordinator.migrator import Migrator
+from elastic_moe.actors.coordinator.opening import served_model
 from elastic_moe.actors.description import describe
 from elastic_moe.actors.engine.engine import Engine, StepReports
 from elastic_moe.actors.forkserver.stages import command_of_models, may_fork
@@ -29,14 +29,11 @@ from elastic_moe.actors.tasks import kill_process
 from elastic_moe.actors.worker.worker_actor import WorkerActor
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
-from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerInfo
 from elastic_moe.cluster.nodes import GPU, Node, free_cores, homes, shortage, threads
 from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.cluster.redeploy import Generation, cluster_of, group_name, number_of
 from elastic_moe.optimizer import PlacementProblem, PlanResult
-
-logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 
@@ -262,15 +259,7 @@ class RayFleet:
     def read_model(self, model_dir: str) -> ModelInfo:
         if self._model is None:
             self._model = describe(model_dir)
-        dtype = self._model.dtype if self._config.dtype == "auto" else self._config.dtype
-        native = self._model.kept is ExpertForm.PLAIN or _native()
-        form = self._model.form(self._config.expert_dtype, dtype, self.device(), native=native)
-        if self._model.packed_as is not None:
-            kept = dtype if form is ExpertForm.PLAIN else form
-            logger.info("experts come packed as %s, and are kept in %s", self._model.packed_as, kept)
-        return self._model.served_in(
-            dtype, form, self._model.trunk_form(self._config.trunk_dtype, dtype, self.device())
-        )
+        return served_model(self._config, self._model, self.device())
 
     def device(self) -> str:
         if self._device is None:
@@ -334,15 +323,11 @@ class RayFleet:
 
     @property
     def standby(self) -> bool:
-        return self._config.standby and self._on_one_machines_cpus
+        return self._config.standby and self._alone and self.device() == "cpu"
 
     @property
     def _forks(self) -> bool:
-        return may_fork(self._config, alone=self._alone) and self._on_one_machines_cpus
-
-    @property
-    def _on_one_machines_cpus(self) -> bool:
-        return self._alone and self.device() == "cpu"
+        return may_fork(self._config, alone=self._alone) and self.device() == "cpu"
 
     def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[WorkerActor]:
         worker_class = self._worker_class
@@ -409,10 +394,3 @@ class RayFleet:
         self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str, *, urgent: bool = False
     ) -> Awaitable[PlanResult]:
         return plan_apart(problem, planner=planner, deadline_s=deadline_s, solver=solver, urgent=urgent)
-
-
-def _native() -> bool:
-    """Whether the native library is there. May compile it."""
-    from elastic_moe.model.native.library import unavailable
-
-    return unavailable() is None

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 
-from elastic_moe.actors.coordinator.fleet import Fleet
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
+from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.facts.events import Reconfigured
 from elastic_moe.cluster.facts.facts import ControlSettings
 from elastic_moe.cluster.messages.epochs import ModelInfo, ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+def served_model(config: ServeConfig, model: ModelInfo, device: str) -> ModelInfo:
+    """The model with the sizes that it has in the served dtype and forms. device: cpu or cuda.
+
+    Raises ConfigError for a form that this model or device does not allow. May compile the native library.
+    """
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    native = model.kept is ExpertForm.PLAIN or _native()
+    form = model.form(config.expert_dtype, dtype, device, native=native)
+    if model.packed_as is not None:
+        kept = dtype if form is ExpertForm.PLAIN else form
+        logger.info("experts come packed as %s, and are kept in %s", model.packed_as, kept)
+    return model.served_in(dtype, form, model.trunk_form(config.trunk_dtype, dtype, device))
+
+
+def _native() -> bool:
+    """Whether the native library is there. May compile it."""
+    from elastic_moe.model.native.library import unavailable
+
+    return unavailable() is None
 
 
 def model_spec(config: ServeConfig, model: ModelInfo, model_dir: str, device: str) -> ModelSpec:
@@ -33,7 +57,8 @@ def model_spec(config: ServeConfig, model: ModelInfo, model_dir: str, device: st
     )
 
 
-def control_settings(config: ServeConfig, model: ModelInfo, fleet: Fleet) -> ControlSettings:
+def control_settings(config: ServeConfig, model: ModelInfo, *, shared_gpus: bool) -> ControlSettings:
+    """shared_gpus: whether several workers share a GPU."""
     memory_bytes = config.expert_memory_bytes
     return ControlSettings(
         workers=config.workers,
@@ -45,7 +70,7 @@ def control_settings(config: ServeConfig, model: ModelInfo, fleet: Fleet) -> Con
         seats_per_worker=config.max_num_seqs,
         drain_timeout_s=config.drain_timeout,
         expert_capacity=None if memory_bytes is None else memory_bytes // model.expert_bytes,
-        shared_gpus=fleet.shared_gpus,
+        shared_gpus=shared_gpus,
         cluster_id=f"emoe-{os.getpid()}-{time.time_ns() % 10**9}",
     )
 

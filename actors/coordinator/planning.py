@@ -18,7 +18,7 @@ from elastic_moe.actors import liveness
 from elastic_moe.actors.coordinator.fleet import Fleet
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.control.rebalancing import room, with_tiers
+from elastic_moe.cluster.decisions.replacing import room, with_tiers
 from elastic_moe.cluster.errors import ConfigError
 from elastic_moe.cluster.facts.events import PlanReady, Solve, Weigh, Weighed
 from elastic_moe.cluster.facts.facts import Facts

@@ -6,7 +6,7 @@ losses        workers that fail or leave with their nodes
 transitions   how changes begin and end, and what that means for other owners
 upkeep        brings the cluster to what it should be
 change        one change of the epoch, from its transfer to its commit, or back
-rebalancing   when to ask a planner, and whether to carry out its plan
+rebalancing   asks a planner, and carries out its plan
 undoing       goes back from re-placements that have made steps longer
 scaling       how many workers there should be, by request or by the autoscaler
 draining      workers that leave, and the time that their requests get

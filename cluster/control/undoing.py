@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_moe.cluster.control.rebalancing import too_much, with_tiers
+from elastic_moe.cluster.decisions.replacing import too_much, with_tiers
 from elastic_moe.cluster.decisions.trials import Trials
 from elastic_moe.cluster.facts.counters import ClusterCounters, RebalanceResult
 from elastic_moe.cluster.facts.events import Command, Weigh, Weighed

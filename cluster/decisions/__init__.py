@@ -4,6 +4,7 @@ reconcile     which workers to start or keep, which serve, and which experts the
 joining       workers that cannot join the others: who is tried next, and who is given up
 spreading     which workers move to nodes that came later
 autoscaling   how many workers a load is worth
+replacing     which placements a re-placement may go to, and whether a plan is carried out
 trials        whether a re-placement that was carried out is undone
 limits        what a configuration may ask of a model
 status        readiness, and the progress of an operation

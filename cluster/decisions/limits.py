@@ -11,32 +11,51 @@ GROUP_PROCESSES = 3
 PROCESS_BYTES = 100_000_000
 """The least memory that one of them takes."""
 GROUPS_PER_CORE = 4
-"""Groups for each core of the head, on which each has an engine that takes part in every step; without an `address` it
-has all workers too. With more, most of them wait for a core at any time, and all answer slowly."""
+"""Groups for each core of the machine, or of all nodes of a joined cluster, on which their workers compute. With more,
+most of them wait for a core at any time, and all answer slowly."""
+ENGINES_PER_CORE = 16
+"""Groups for each core of a joined cluster's head, which has the API and their engines and coordinators. These take
+1.3 ms of a core for a step (docs/benchmarks/tried.md), so with 16 a step waits for some 20 ms while all are busy."""
 
 
-def check_groups(config: ServeConfig, *, cores: int, free_bytes: int, present: int = 0) -> None:
-    """Raises ConfigError for more groups than the head can carry, with its cores and the memory that is free there.
+def check_groups(
+    config: ServeConfig, *, cores: int, free_bytes: int, all_cores: int | None = None, present: int = 0
+) -> None:
+    """Raises ConfigError for more groups than there are cores for, or than the memory holds that is free on the head.
 
-    It is this machine; where no `address` is given, all workers are on it too. present: groups that run there already,
-    whose memory is not free.
+    cores: of the head, which is this machine; without an `address`, all workers are on it too. all_cores: of all nodes
+    of a joined cluster, with the head's; if not given, the head's. present: groups that run already, whose memory is
+    not free.
     """
     processes = GROUP_PROCESSES + (config.workers if config.address is None else 0)
-    by_memory = present + free_bytes // (processes * PROCESS_BYTES)
-    most = max(1, present, min(GROUPS_PER_CORE * cores, by_memory))
+    where = "this machine" if config.address is None else "the head of the cluster"
+    others = f" beside the {present} groups that run" if present else ""
+    bounds = [
+        (
+            present + free_bytes // (processes * PROCESS_BYTES),
+            f"{where} has {free_bytes / 1e9:.1f} GB of free memory{others}, and a group has {processes} processes there"
+            f" of at least {PROCESS_BYTES / 1e9:g} GB",
+        )
+    ]
+    if config.address is None:
+        bounds += [_by_cores(where, cores, GROUPS_PER_CORE, "groups")]
+    else:
+        everywhere = max(cores, all_cores or 0)
+        bounds += [_by_cores("the cluster", everywhere, GROUPS_PER_CORE, "groups")]
+        bounds += [_by_cores(where, cores, ENGINES_PER_CORE, "groups' engines")]
+    least, reason = min(bounds, key=lambda bound: bound[0])
+    most = max(1, present, least)
     if config.data_parallel_size <= most:
         return
-    where = "this machine" if config.address is None else "the head of the cluster"
-    if by_memory < GROUPS_PER_CORE * cores:
-        others = f" beside the {present} groups that run" if present else ""
-        why = f"{where} has {free_bytes / 1e9:.1f} GB of free memory{others}, and a group has {processes} processes"
-        why += f" there of at least {PROCESS_BYTES / 1e9:g} GB"
-    else:
-        why = f"{where} has {cores} cores, and a core carries {GROUPS_PER_CORE} groups"
     advice = "more workers in each group (--workers) use more machines"
     if config.address is None:
         advice = "a larger machine, or a Ray cluster (--address), carries more"
-    raise ConfigError(f"data_parallel_size: expected at most {most}, got {config.data_parallel_size}: {why}; {advice}")
+    got = config.data_parallel_size
+    raise ConfigError(f"data_parallel_size: expected at most {most}, got {got}: {reason}; {advice}")
+
+
+def _by_cores(where: str, cores: int, each: int, what: str) -> tuple[int, str]:
+    return each * cores, f"{where} has {cores} cores, and a core carries {each} {what}"
 
 
 def check_limits(config: ServeConfig, info: ModelInfo) -> None:

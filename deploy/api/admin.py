@@ -26,7 +26,7 @@ from elastic_moe.cluster.messages.views import (
     RoutingView,
     WorkerView,
 )
-from elastic_moe.cluster.placement import Placement, WorkerId
+from elastic_moe.cluster.placement import Placement, Tier, WorkerId
 from elastic_moe.deploy.api.http_io import naming
 from elastic_moe.deploy.api.service import Service
 from elastic_moe.deploy.backend.backend import LATER, Group
@@ -38,9 +38,15 @@ PLACEMENT: dict[str, Any] = {
     "title": "Placement",
     "required": ["num_logical_experts", "workers", "physical_to_logical_map"],
     "properties": {
+        "num_layers": {"type": ["integer", "null"]},
         "num_logical_experts": {"type": "integer", "minimum": 1},
         "workers": {"type": "array", "items": {"type": "object", "required": ["id", "node", "slots"]}},
+        "slot_to_worker": {"type": ["array", "null"], "items": {"type": "integer"}},
         "physical_to_logical_map": {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+        "tiers": {
+            "type": ["array", "null"],
+            "items": {"type": "array", "items": {"enum": [tier.word for tier in Tier]}},
+        },
         "pinned": {"type": ["boolean", "null"]},
     },
 }
@@ -97,7 +103,8 @@ def admin_router(service: Service) -> APIRouter:
         pinned = {"true": True, "false": False}.get(pinned, pinned) if isinstance(pinned, str) else pinned
         if not isinstance(pinned, bool | None):
             raise RequestError("pinned: expected true or false", param="pinned")
-        operation = await group.ask(Coordinator.place, Placement.from_dict(data), pinned)
+        with naming(*PLACEMENT["properties"]):
+            operation = await group.ask(Coordinator.place, Placement.from_dict(data), pinned)
         return JSONResponse(operation_json(operation), 202)
 
     @router.delete("/placement/pin", **described(answers={200: json_answer("It is not pinned now.", "pinned")}))

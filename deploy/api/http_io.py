@@ -62,15 +62,17 @@ def error_body(message: str, kind: str, *, param: str | None = None, code: str |
 def naming(*fields: str, **others: str) -> Iterator[None]:
     """A refusal of the cluster's, whose message begins with a field's name, names the field in `param` too.
 
-    `fields`: those of the request. `others`: where the request has another name for it than the cluster.
+    `fields`: those of the request; a message may name a part of one, such as workers.0.slots, and begin with placement,
+    which is the whole body. `others`: where the request has another name for it than the cluster.
     """
     try:
         yield
     except RequestError:
         raise
     except UserError as error:
-        name = str(error).partition(":")[0]
-        raise RequestError(str(error), param=others.get(name, name if name in fields else None)) from None
+        name = str(error).removeprefix("placement: ").partition(":")[0]
+        known = name if name.partition(".")[0] in fields else None
+        raise RequestError(str(error), param=others.get(name, known)) from None
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:

@@ -16,10 +16,11 @@ import psutil
 
 from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.coordinator.start import groups_at_once, start_further_groups
-from elastic_moe.actors.remote import generations
+from elastic_moe.actors.remote import generations, ray_nodes
 from elastic_moe.actors.remote.ask import Remote
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.decisions.limits import check_groups
+from elastic_moe.cluster.nodes import all_cores
 from elastic_moe.cluster.redeploy import generation_of
 
 
@@ -69,8 +70,13 @@ class RayDirectory:
         address = "auto" if self._joined else self._config.address
         asked = dataclasses.replace(self._config, data_parallel_size=number, address=address)
         present = len(self.coordinators)
-        free_bytes = psutil.virtual_memory().available
-        check_groups(asked, cores=len(os.sched_getaffinity(0)), free_bytes=free_bytes, present=present)
+        check_groups(
+            asked,
+            cores=len(os.sched_getaffinity(0)),
+            all_cores=None if asked.address is None else all_cores(ray_nodes.nodes()),
+            free_bytes=psutil.virtual_memory().available,
+            present=present,
+        )
         generations.ask_for_groups(self._generation, self._config.data_parallel_size, number)
 
     def at_once(self) -> int:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
 import reprlib
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 from elastic_moe.cluster.config import ServeConfig
-from elastic_moe.cluster.errors import EmoeError, UserError, why
+from elastic_moe.cluster.errors import ConfigError, EmoeError, UserError, why
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.lines import meant
 from elastic_moe.cluster.setting import TYPES, base_type, forms_of, has_unit, path_flag, read_yaml, with_unit
@@ -37,6 +38,7 @@ PLACEHOLDERS = {int: "N", float: "NUMBER", str: "TEXT"}
 """What stands for a flag's value in --help."""
 SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 """What is written behind a flag that takes no value."""
+_FIELDS = {field.name for field in dataclasses.fields(ServeConfig)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -228,23 +230,38 @@ def _help(name: str) -> str:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    names = {field.name for field in dataclasses.fields(ServeConfig)}
-    flags = {name: value for name, value in vars(args).items() if name in names}
+    flags = {name: value for name, value in vars(args).items() if name in _FIELDS}
+    data: dict[str, Any] = {}
     if args.config is not None:
-        # The file is checked by itself first, so that error messages name it.
-        data = read_yaml(args.config)
-        ServeConfig.from_mapping(data, source=str(args.config))
-        flags = {str(key).replace("-", "_"): value for key, value in data.items()} | flags
-    config = with_keys(ServeConfig.from_mapping(flags, source="flags"), os.environ)
-    if config.model is not None:
-        # a wrong path is named before anything heavy is imported
-        read_configuration(Path(config.model).expanduser().absolute())
-    from elastic_moe.actors.telemetry.exporting import check_installed
-    from elastic_moe.deploy.cli.serve import serve
+        # the file is checked by itself first
+        read = read_yaml(args.config)
+        ServeConfig.from_mapping(read, source=str(args.config))
+        data = {str(key).replace("-", "_"): value for key, value in read.items()}
+    named = functools.partial(_named, args, data)
+    try:
+        config = with_keys(ServeConfig(**(data | flags)), os.environ)
+        if config.model is not None:
+            # a wrong path is named before anything heavy is imported
+            read_configuration(Path(config.model).expanduser().absolute())
+        from elastic_moe.actors.telemetry.exporting import check_installed
+        from elastic_moe.deploy.cli.serve import serve
 
-    check_installed(config)
-    with logged(config, os.environ) as config:
-        return serve(config)
+        check_installed(config)
+        with logged(config, os.environ) as config:
+            return serve(config, named)
+    except ConfigError as error:
+        raise ConfigError(named(str(error))) from None
+
+
+def _named(args: argparse.Namespace, of_file: Collection[str], message: str) -> str:
+    """A message that begins with a setting's name, so that it begins with where the user gave it: with the flag, as
+    argparse writes it, or with the file. of_file: the settings that the file has."""
+    name, colon, fault = message.partition(":")
+    if not colon or name not in _FIELDS:
+        return message
+    if hasattr(args, name):
+        return f"argument {'MODEL_DIR' if name == 'model' else '--' + name.replace('_', '-')}:{fault}"
+    return f"{args.config}: {message}" if name in of_file else message
 
 
 if __name__ == "__main__":

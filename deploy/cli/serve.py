@@ -75,8 +75,11 @@ class _Stop(BaseException):
     """A signal asked for an orderly end."""
 
 
-def serve(config: ServeConfig) -> int:
-    """Serve until a signal comes. Blocks; returns the exit code, 0 after an orderly end. Raises UserError."""
+def serve(config: ServeConfig, named: Callable[[str], str]) -> int:
+    """Serve until a signal comes. Blocks; returns the exit code, 0 after an orderly end. Raises UserError.
+
+    named: a ConfigError's message with the setting as the user gave it.
+    """
     check_port(config.host, config.port)
     check_gpu(config)
     if config.address is None:
@@ -90,7 +93,7 @@ def serve(config: ServeConfig) -> int:
         remove_stale()
 
     return supervised(
-        lambda report: _main(config, directory, report),
+        lambda report: _main(config, directory, report, named),
         local=config.address is None,
         stop_s=config.shutdown_timeout + 4 * END_TIMEOUT_S + DRAIN_ANSWER_S,
         clean_up=clean_up,
@@ -98,12 +101,14 @@ def serve(config: ServeConfig) -> int:
     )
 
 
-def _main(config: ServeConfig, directory: RunDirectory, report: Report) -> int:
+def _main(config: ServeConfig, directory: RunDirectory, report: Report, named: Callable[[str], str]) -> int:
     """The server's main process. Returns its exit code; the supervisor kills the processes that it leaves."""
     _keep_native_output(directory.path / NATIVE_OUTPUT)
     progress = _Progress(report.stage)
     try:
         return _serve(config, directory, report, progress)
+    except ConfigError as error:
+        code, text = 2, named(str(error))
     except UserError as error:
         code, text = 2, str(error)
     except StartFailed as error:

@@ -27,7 +27,7 @@ from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.decisions.limits import check_groups
 from elastic_moe.cluster.errors import ConfigError, UserError, why
 from elastic_moe.cluster.messages.epochs import ModelInfo
-from elastic_moe.cluster.nodes import CPU, MEMORY
+from elastic_moe.cluster.nodes import CPU, MEMORY, all_cores
 from elastic_moe.deploy.launch import ray_private
 from elastic_moe.deploy.launch.console import keep_ray_lines
 from elastic_moe.deploy.launch.haproxy import INSIDE, write_haproxy
@@ -160,7 +160,7 @@ class ServerProcesses:
         from elastic_moe.deploy.launch.serve_app import application
 
         self._check_unused()
-        self._check_head()
+        self._check_nodes()
         self._owns_app = True
         # the weights load while Serve starts; the API then finds the coordinator
         coordinators = start_groups(self._config, model_dir, alone=self.local, model=model)
@@ -195,14 +195,16 @@ class ServerProcesses:
             " `serve shutdown` there"
         )
 
-    def _check_head(self) -> None:
-        """Raises ConfigError for more groups than the head of a joined cluster can carry. A cluster may have been told
-        that its head has no cores; then nothing is known of it."""
+    def _check_nodes(self) -> None:
+        """Raises ConfigError for more groups than a joined cluster can carry. It may have been told that its head has
+        no cores; then nothing is known of it."""
         from elastic_moe.actors.remote import ray_nodes
 
-        head = None if self.local else next((node for node in ray_nodes.nodes() if node.head), None)
+        nodes = () if self.local else ray_nodes.nodes()
+        head = next((node for node in nodes if node.head), None)
         if head is not None and (cores := int(head.total.get(CPU, 0))):
-            check_groups(self._config, cores=cores, free_bytes=int(head.free.get(MEMORY, math.inf)))
+            free_bytes = int(head.free.get(MEMORY, math.inf))
+            check_groups(self._config, cores=cores, all_cores=all_cores(nodes), free_bytes=free_bytes)
 
     def drain(self, timeout_s: float) -> None:
         """Have all replicas refuse new requests, and wait for the running ones, at most `timeout_s`.
@@ -264,14 +266,14 @@ class ServerProcesses:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises UserError where no process can listen on that address and port."""
+    """Raises UserError where no process can listen on that address and port; ConfigError for a name without address."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except socket.gaierror:
-        raise UserError(f"host: expected an address or a name of this machine, got {host!r}") from None
+        raise ConfigError(f"host: expected an address or a name of this machine, got {host!r}") from None
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {why(error)} (--port takes another)") from None
 

@@ -39,7 +39,7 @@ from elastic_moe.actors.coordinator.start import start_groups, stop_cluster, sto
 from elastic_moe.actors.description import describe
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.names import COORDINATOR
-from elastic_moe.actors.remote import generations
+from elastic_moe.actors.remote import generations, ray_nodes
 from elastic_moe.actors.remote.ask import Remote, ask
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.remote.key_value import API_NAMESPACE, RayKeyValue
@@ -49,6 +49,7 @@ from elastic_moe.cluster.decisions.limits import check_groups, check_limits
 from elastic_moe.cluster.errors import EmoeError, NotReadyError
 from elastic_moe.cluster.keys import with_keys
 from elastic_moe.cluster.messages.views import Readiness
+from elastic_moe.cluster.nodes import all_cores
 from elastic_moe.cluster.redeploy import cluster_of, generation_of, group_name
 from elastic_moe.deploy.api.app import create_app
 from elastic_moe.deploy.api.service import Service
@@ -232,6 +233,7 @@ def build_app(args: dict[str, Any]) -> Application:
     check_groups(
         dataclasses.replace(config, address="auto"),
         cores=len(os.sched_getaffinity(0)),
+        all_cores=all_cores(ray_nodes.nodes()) if ray.is_initialized() else None,
         free_bytes=psutil.virtual_memory().available,
     )
     with TokenizerProcess(model_dir, config.chat_template) as process:

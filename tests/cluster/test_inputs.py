@@ -170,29 +170,32 @@ def test_any_yaml(tmp_path: Path, text: list[str]) -> None:
     ("changes", "message"),
     [
         # not counted up to, which took gigabytes
-        ({"num_logical_experts": 10**12}, "expected 1 to 3 logical experts, .* got 1000000000000"),
+        ({"num_logical_experts": 10**12}, "num_logical_experts: expected 1 to 3, .* got 1000000000000"),
         (
             {"num_logical_experts": 0, "physical_to_logical_map": [[-1, -1, -1]]},
-            "expected 1 to 3 logical experts, .* got 0",
+            "num_logical_experts: expected 1 to 3, .* got 0",
         ),
         ({"num_logical_experts": float("inf")}, "num_logical_experts: expected a whole number, got inf"),
         ({"num_logical_experts": True}, "num_logical_experts: expected a whole number, got true"),
         ({"slot_to_worker": 5}, "slot_to_worker: expected a list, got 5"),
         ({"workers": {"a": 1}}, r"workers: expected a list, got \{'a': 1\}"),
         ({"workers": ["a"]}, "workers.0: expected an object, got 'a'"),
-        ({"workers": [{"id": "a", "node": "n"}]}, "the key 'workers.0.slots' is missing"),
+        ({"workers": [{"id": "a", "node": "n"}]}, "workers.0.slots: the key is missing"),
         ({"workers": [{"id": ["a"], "node": "n", "slots": 3}]}, r"workers.0.id: expected a text, got \['a'\]"),
-        ({"physical_to_logical_map": [[0, 1], [2]]}, "must be a list of equally long lists of integers"),
-        ({"slot_to_worker": [[0], 0, 0]}, "slot_to_worker must list"),
+        (
+            {"physical_to_logical_map": [[0, 1], [2]]},
+            "physical_to_logical_map: expected equally long lists",
+        ),
+        ({"slot_to_worker": [[0], 0, 0]}, "slot_to_worker: expected each worker's slots"),
         (
             {"workers": [{"id": "a", "node": "n", "slots": float("inf")}]},
             "workers.0.slots: expected a whole number, got inf",
         ),
-        ({"workers": [{"id": "a", "node": "n", "slots": 10**30}]}, "the map is"),
-        ({"physical_to_logical_map": [[0, 1, 10**30]]}, "physical_to_logical_map must be"),
+        ({"workers": [{"id": "a", "node": "n", "slots": 10**30}]}, "physical_to_logical_map: expected"),
+        ({"physical_to_logical_map": [[0, 1, 10**30]]}, "physical_to_logical_map: expected"),
         ({"tiers": [["device", "tape", "disk"]]}, "tiers: expected one of device, host, disk, got 'tape'"),
-        ({"tiers": [["device", "disk"]]}, "tiers must have a word for each slot"),
-        ({"tiers": "disk"}, "tiers must be a list of lists"),
+        ({"tiers": [["device", "disk"]]}, "tiers: expected a word for each slot"),
+        ({"tiers": "disk"}, "tiers: expected a list of lists"),
     ],
 )
 def test_placement(changes: dict[str, Any], message: str) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic_moe.cluster.nodes import Node, homes, shortage, threads
+from elastic_moe.cluster.nodes import Node, all_cores, homes, shortage, threads
 
 
 def node(name: str, *, cpu: float = 0, gpu: float = 0, free: float | None = None, **facts: bool) -> Node:
@@ -50,3 +50,12 @@ def test_what_the_next_worker_waits_for(nodes: list[Node], device: str, expected
 def test_threads_are_those_of_the_smallest_node() -> None:
     assert threads([LARGE, SMALL]) == 2
     assert threads([]) == 1
+
+
+def test_nodes_that_leave_have_no_cores_for_more() -> None:
+    nodes = [
+        Node(id="a", head=True, total={"CPU": 2}),
+        Node(id="b", total={"CPU": 8.5}),
+        Node(id="c", total={"GPU": 1}),
+    ]
+    assert all_cores([*nodes, Node(id="d", total={"CPU": 64}, drains=True)]) == 10

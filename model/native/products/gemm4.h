@@ -49,6 +49,14 @@ template <bool TABLE, bool HALF> struct Block4 {
     }
 };
 
+// The values of a register of words of codes, which a table has if TABLE: of the lower and of the upper halves of their bytes.
+template <bool TABLE> void values_of_codes(const char* from, Integers table, Integers& low, Integers& high) {
+    const Integers codes = load_integers(from);
+    low = low_halves(codes);
+    high = high_halves(codes);
+    if (TABLE) low = at(table, low), high = at(table, high);
+}
+
 // Rows of a register tile, and its registers of columns. With 32 registers, 5 x 4 accumulators leave room for 8 registers of the
 // panel and 1 of a row.
 constexpr int64_t kRows4 = kRegisters == 32 ? 5 : 4;
@@ -77,12 +85,7 @@ void multiply4(const Row4* rows, int64_t number, int64_t groups, const Block& bl
                     if (fetch && first == 0) // a block takes 74 lines, which is less than 5 for each of these rounds
                         for (int line = 0; line < 5; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T0);
                     Integers low[C], high[C];
-                    for (int c = 0; c < C; ++c) {
-                        const Integers codes = load_integers(from + c * kLanes * 4);
-                        low[c] = low_halves(codes);
-                        high[c] = high_halves(codes);
-                        if (TABLE) low[c] = at(table, low[c]), high[c] = at(table, high[c]);
-                    }
+                    for (int c = 0; c < C; ++c) values_of_codes<TABLE>(from + c * kLanes * 4, table, low[c], high[c]);
                     for (int r = 0; r < R; ++r) {
                         const Integers four = all_integers(four_bytes(a[r][group].values + 8 * word));
                         for (int c = 0; c < C; ++c) acc[r][c] = dot_bytes(acc[r][c], low[c], four);
@@ -124,9 +127,8 @@ template <class Block, bool TABLE> void widen_bytes4(const Block& block, int64_t
             store_sum(wide.scales[group] + c, block.scale(group, c));
             const Integers zero = _mm512_shuffle_epi8(block.zero(group, c), _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
             for (int64_t word = 0; word < kFine / 8; ++word) {
-                const Integers codes = load_integers(block.codes + group * kCodes + (word * kPanel + c) * 4);
-                Integers low = low_halves(codes), high = high_halves(codes);
-                if (TABLE) low = at(table, low), high = at(table, high);
+                Integers low, high;
+                values_of_codes<TABLE>(block.codes + group * kCodes + (word * kPanel + c) * 4, table, low, high);
                 store_integers(wide.values[group][2 * word][c], _mm512_sub_epi8(low, zero));
                 store_integers(wide.values[group][2 * word + 1][c], _mm512_sub_epi8(high, zero));
             }

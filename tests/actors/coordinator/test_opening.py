@@ -7,7 +7,7 @@ import pytest
 from elastic_moe.actors.coordinator.opening import control_settings, model_spec
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.errors import ConfigError
-from tests.actors.fakes import MODEL, PlainFleet
+from tests.actors.fakes import MODEL
 
 
 @pytest.mark.parametrize(
@@ -35,5 +35,5 @@ def test_memory_beside_gpus_is_refused_where_there_are_none() -> None:
 @pytest.mark.parametrize(("memory_bytes", "capacity"), [(None, None), (2500, 2)])
 def test_memory_is_counted_in_whole_experts(memory_bytes: int | None, capacity: int | None) -> None:
     config = ServeConfig(expert_memory_bytes=memory_bytes, max_num_seqs=3)
-    settings = control_settings(config, MODEL, PlainFleet(config))
+    settings = control_settings(config, MODEL, shared_gpus=False)
     assert (settings.expert_capacity, settings.seats_per_worker) == (capacity, 3)

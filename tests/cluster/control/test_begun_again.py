@@ -206,7 +206,7 @@ def test_a_given_placement_ends_with_a_worker_that_it_names(restarts: int) -> No
     told = ended(sim, operation)
     assert told.phase is Phase.FAILED
     assert told.error is not None
-    assert told.error.startswith("placement: workers must be w0 with ")
+    assert told.error.startswith("placement: workers: expected w0 with ")
     assert not sim.facts.pinned
     assert sim.settled
 

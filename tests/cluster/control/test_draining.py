@@ -168,7 +168,7 @@ def test_a_given_placement_cannot_outlive_a_worker_that_it_names() -> None:
     assert W2 not in sim.facts.ranks
     (failed,) = (op.error for op in sim.state.operations.all() if op.phase is Phase.FAILED)
     assert failed is not None
-    assert failed.startswith("placement: workers must be")
+    assert failed.startswith("placement: workers: expected")
 
 
 def test_a_look_that_nobody_asked_for_ends_for_a_node_that_leaves() -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from elastic_moe.cluster.control.rebalancing import too_much, with_tiers
 from elastic_moe.cluster.decisions.reconcile import shares
+from elastic_moe.cluster.decisions.replacing import too_much, with_tiers
 from elastic_moe.cluster.errors import ConflictError, PlacementError
 from elastic_moe.cluster.facts.events import (
     Abandon,

@@ -20,12 +20,29 @@ def test_more_groups_than_the_memory_holds_are_refused(address: str | None, most
         check_groups(ServeConfig(address=address, data_parallel_size=most + 1), cores=8, free_bytes=6_000_000_000)
 
 
-@pytest.mark.parametrize(("address", "where"), [(None, "this machine"), ("auto", "the head of the cluster")])
+@pytest.mark.parametrize(("address", "where"), [(None, "this machine"), ("auto", "the cluster")])
 def test_more_groups_than_the_cores_carry_are_refused(address: str | None, where: str) -> None:
     """Fifty were accepted on two cores, where nothing moved any more."""
     check_groups(ServeConfig(address=address, data_parallel_size=8), cores=2, free_bytes=10**12)
     with pytest.raises(ConfigError, match=f"data_parallel_size: expected at most 8, got 50: {where} has 2 cores"):
         check_groups(ServeConfig(address=address, data_parallel_size=50), cores=2, free_bytes=10**12)
+
+
+def test_all_nodes_of_a_cluster_count_for_workers_and_its_head_for_engines() -> None:
+    """The head's two cores allowed 8 groups, however many nodes the workers had."""
+
+    def check(groups: int, all_cores: int) -> None:
+        config = ServeConfig(address="auto", data_parallel_size=groups)
+        check_groups(config, cores=2, all_cores=all_cores, free_bytes=10**12)
+
+    check(12, 3)
+    with pytest.raises(ConfigError, match="at most 12, got 13: the cluster has 3 cores, and a core carries 4 groups"):
+        check(13, 3)
+    check(32, 100)
+    with pytest.raises(
+        ConfigError, match=r"at most 32, got 33: the head .* has 2 cores, .* carries 16 groups' engines"
+    ):
+        check(33, 100)
 
 
 def test_groups_that_run_already_need_no_free_memory() -> None:

@@ -330,6 +330,30 @@ def test_a_given_placement(call: Call) -> None:
     assert backend.placed is None
 
 
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"pinned": 1}, "pinned"),
+        ({"num_layers": 9}, "num_layers"),
+        ({"num_logical_experts": "many"}, "num_logical_experts"),
+        ({"num_logical_experts": 99}, "num_logical_experts"),
+        ({"workers": []}, "workers"),
+        ({"workers": [{"id": "w0", "node": "n"}]}, "workers.0.slots"),
+        ({"workers": [7]}, "workers.0"),
+        ({"slot_to_worker": [1, 0, 0, 0]}, "slot_to_worker"),
+        ({"physical_to_logical_map": [[0], [1, 2]]}, "physical_to_logical_map"),
+        ({"physical_to_logical_map": [[0, 1, 2, 2]] * 2}, "physical_to_logical_map"),
+        ({"physical_to_logical_map": [[0, 1, 2]] * 2}, "physical_to_logical_map"),
+        ({"tiers": "disk"}, "tiers"),
+        ({"tiers": [["far"] * 4] * 2}, "tiers"),
+    ],
+)
+def test_a_fault_of_a_placement_names_its_key(call: Call, change: dict[str, Any], param: str) -> None:
+    """`param` was null."""
+    placement = call("GET", "/admin/placement").json()
+    assert error(call("PUT", "/admin/placement", json={**placement, **change}), 400)["param"] == param
+
+
 # --- What is said against a call ----------------------------------------------------------------------------------
 
 
@@ -340,6 +364,7 @@ def test_a_given_placement(call: Call) -> None:
         ("/admin/scale", {"retire": ["w9"]}, "scale", "retire"),
         ("/admin/rebalance", {"planner": "best"}, "rebalance", "planner"),
         ("/admin/rebalance", {"planner": "best", "dry_run": True}, "preview", "planner"),
+        ("/admin/placement", {}, "place", "workers"),
         ("/scale_elastic_ep", {"new_ep_size": 99}, "scale", "new_ep_size"),
         ("/scale_elastic_ep", {"new_data_parallel_size": 99}, "scale", "new_data_parallel_size"),
     ],
@@ -350,11 +375,14 @@ def test_a_refusal_of_the_coordinators_names_the_field(
     """`param` was null where the cluster, and not the schema, refused."""
 
     async def refuse(*_: Any, **__: Any) -> None:
-        raise PlacementError(f"{'workers' if 'size' in param else param}: expected something else")
+        begin = "placement: " if path == "/admin/placement" else ""
+        raise PlacementError(f"{begin}{'workers' if 'size' in param else param}: expected something else")
 
     backend = FakeBackend()
+    method = "PUT" if question == "place" else "POST"
+    body = body or call("GET", path, backend=backend).json()
     monkeypatch.setattr(backend, question, refuse)
-    refused = error(call("POST", path, json=body, backend=backend), 400)
+    refused = error(call(method, path, json=body, backend=backend), 400)
     assert refused["param"] == param
     assert refused["message"].endswith(": expected something else")
 

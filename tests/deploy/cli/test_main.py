@@ -71,7 +71,7 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
         (["serve", "--no-fork-workers=1"], "--no-fork-workers: takes no value: write"),
         (["scale", "--workers", "2", "--wait=true"], "--wait: takes no value: write --wait alone"),
         (["serve", "--port"], "--port: expected a value"),
-        (["serve", "--workers", "0"], "workers"),
+        (["serve", "--workers", "0"], "error: argument --workers: expected 1 to 4096, got 0"),
         (["serve", "--wokers", "2"], "unknown flag --wokers (did you mean --workers?); `emoe serve --help` lists all"),
         (["serve", "--max-model-le=4"], "unknown flag --max-model-le (did you mean --max-model-len?)"),
         (["serve", "--model", "x"], "unknown flag --model: give MODEL_DIR without a flag"),
@@ -90,17 +90,18 @@ def one_line(result: subprocess.CompletedProcess[str]) -> str:
             "expected a placement, got the trace builtin:bible, which comes first",
         ),
         (["scale", "--url", "http://127.0.0.1:1"], "no server answers ([Errno 111] Connection refused)"),
-        (["serve", "--host", "999.1.1.1"], "host: expected an address or a name of this machine, got '999.1.1.1'"),
-        (["serve", "--port", "70000"], "port"),
+        (["serve", "--host", "999.1.1.1"], "--host: expected an address or a name of this machine, got '999.1.1.1'"),
+        (["serve", "--port", "70000"], "argument --port: expected 1 to 65535, got 70000"),
         (["serve", "--device", "tpu"], "--device"),
         (["serve", "--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
         (["serve", "--planner", "best"], "--planner"),
         (["serve", "--expert-memory-bytes", "8GX"], "--expert-memory-bytes: expected bytes, or a size such as 8GB"),
-        (["serve", "--step-timeout", "1e30"], "step_timeout: expected 1 to 86400, got 1e+30"),
+        (["serve", "--step-timeout", "1e30"], "argument --step-timeout: expected 1 to 86400, got 1e+30"),
         (["serve", "--max-model-len", "32q"], "--max-model-len: expected a whole number, or one such as 32k"),
-        (["serve", "--calibration", ""], "calibration: expected some text, got an empty one"),
+        (["serve", "--calibration", ""], "argument --calibration: expected some text, got an empty one"),
+        (["serve", ""], "argument MODEL_DIR: expected some text, got an empty one"),
         (["serve", "--config", ""], "--config: expected a path, got an empty text"),
-        (["serve", "--tool-call-parser", "foo"], "tool_call_parser: expected one of deepseek_v3, "),
+        (["serve", "--tool-call-parser", "foo"], "argument --tool-call-parser: expected one of deepseek_v3, "),
         (["sevre"], "got 'sevre' (did you mean serve?)"),
     ],
 )
@@ -147,7 +148,7 @@ def test_mistakes_and_help_need_no_heavy_import() -> None:
 def test_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[bool] = []
 
-    def serve(config: ServeConfig) -> int:
+    def serve(config: ServeConfig, _: object) -> int:
         seen.append(config.enable_prefix_caching)
         return 0
 
@@ -191,7 +192,7 @@ def test_more_workers_than_experts(tmp_path: Path) -> None:
 
     assert "4 experts" in refusal("--workers", "5")
     little = refusal("--expert-memory-bytes", "1000")
-    assert "expert_memory_bytes: expected at least" in little
+    assert "argument --expert-memory-bytes: expected at least" in little
     assert "room for one expert of each of the" in little
     for file in model.glob("tokenizer*"):
         file.unlink()
@@ -213,7 +214,9 @@ def test_the_example_for_serve_deploy() -> None:
 def test_a_calibration_that_is_not_there() -> None:
     result = emoe("serve", "--calibration", "/no/such/file")
     assert result.returncode == 2
-    assert result.stderr.splitlines()[1:] == ["emoe: error: calibration: /no/such/file: No such file or directory"]
+    assert result.stderr.splitlines()[1:] == [
+        "emoe: error: argument --calibration: /no/such/file: No such file or directory"
+    ]
 
 
 def test_a_port_in_use() -> None:
@@ -228,7 +231,7 @@ def config_of(monkeypatch: pytest.MonkeyPatch, *args: str) -> ServeConfig:
     seen: list[ServeConfig] = []
     from elastic_moe.deploy.cli import serve as cli_serve
 
-    monkeypatch.setattr(cli_serve, "serve", lambda config: seen.append(config) or 0)
+    monkeypatch.setattr(cli_serve, "serve", lambda config, _: seen.append(config) or 0)
     assert cli.main(["serve", *args]) == 0
     return seen[0]
 
@@ -258,14 +261,27 @@ def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert captured.count("\n") == 1
 
 
+def test_a_setting_is_named_where_it_was_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was "flags:" even for what stands in the file."""
+    path = tmp_path / "emoe.yaml"
+    path.write_text("workers: 3\n")
+    assert cli.main(["serve", "--config", str(path), "--max-workers", "2"]) == 2
+    assert capsys.readouterr().err.startswith(f"emoe: error: {path}: workers: expected 1 to 2, the limits of the auto")
+    assert cli.main(["serve", "--max-workers", "1"]) == 2
+    assert capsys.readouterr().err.startswith("emoe: error: workers: expected 1 to 1, the limits of the autoscaler")
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--api-key-file", "/no/such/key"], "api_key_file: /no/such/key"),
-        (["--api-key", "a b"], "api_key"),
-        (["--forwarded-allow-ips", "localhost"], "forwarded_allow_ips"),
-        (["--log-file", "/no/such/log"], "log_file: /no/such/log"),
-        (["--min-workers", "4", "--max-workers", "2"], "min_workers: expected at most max_workers, which is 2, got 4"),
+        (["--api-key-file", "/no/such/key"], "argument --api-key-file: /no/such/key"),
+        (["--api-key", "a b"], "argument --api-key: expected a key"),
+        (["--forwarded-allow-ips", "localhost"], "argument --forwarded-allow-ips: "),
+        (["--log-file", "/no/such/log"], "argument --log-file: /no/such/log"),
+        (
+            ["--min-workers", "4", "--max-workers", "2"],
+            "argument --min-workers: expected at most max_workers, which is 2, got 4",
+        ),
     ],
 )
 def test_mistakes_about_keys_addresses_and_logs(

@@ -40,15 +40,18 @@ def run(error: Exception, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Told]:
     monkeypatch.setattr(cli_serve, "_serve", fail)
     monkeypatch.setattr(cli_serve, "_keep_native_output", lambda _: None)
     told: Any = Told()
-    return cli_serve._main(ServeConfig(), RunDirectory(path=Path("/"), lock=-1), told), told
+    return cli_serve._main(ServeConfig(), RunDirectory(path=Path("/"), lock=-1), told, lambda text: f"--{text}"), told
 
 
-@pytest.mark.parametrize(("error", "code"), [(ConfigError("workers: no"), 2), (ServerFailed("it went down"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [(ConfigError("workers: no"), 2, "--workers: no"), (ServerFailed("it went down"), 1, "it went down")],
+)
 def test_errors_are_printed_for_the_user(
-    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(error, monkeypatch)[0] == code
-    assert capsys.readouterr().err == f"emoe: error: {error}\n"
+    assert capsys.readouterr().err == f"emoe: error: {says}\n"
 
 
 def test_a_calibration_file_that_a_user_names_must_be_there() -> None:
