@@ -54,6 +54,9 @@ def set_up(process: str, settings: LogSettings) -> None:
     logging.getLogger(OURS).setLevel(settings.level.upper())
     logging.captureWarnings(True)
     threading.excepthook = _thread_failed
+    # Where a record cannot be written, as on a full disk, logging would report that on standard error. Serve logs what
+    # an API writes there, to the same disk: one record then took minutes of the event loop
+    logging.raiseExceptions = False
     serve = logging.getLogger("ray.serve")
     if not serve.propagate:
         # Ray Serve logs to a file of its own, where a user would not look for a traceback
@@ -63,10 +66,11 @@ def set_up(process: str, settings: LogSettings) -> None:
 def as_before() -> Callable[[], None]:
     """Returns a function that restores the logging of now, after a later `set_up`."""
     handlers, level, hook = logging.root.handlers[:], logging.root.level, threading.excepthook
-    own = logging.getLogger(OURS).level
+    own, reports = logging.getLogger(OURS).level, logging.raiseExceptions
 
     def undo() -> None:
         logging.captureWarnings(False)
+        logging.raiseExceptions = reports
         threading.excepthook = hook
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)

@@ -1,4 +1,4 @@
-"""Makes and ends the actors, and asks Ray what there is: the only place where `ray.remote` is applied.
+"""Makes and ends the actors, and asks Ray what there is.
 
 `Fleet` is what the coordinator needs of it; tests bring their own and then need no Ray.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Awaitable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -22,7 +22,7 @@ from elastic_moe.actors.forkserver.stages import command_of_models, may_fork
 from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.planner_process import plan_apart
 from elastic_moe.actors.remote import generations, ray_nodes
-from elastic_moe.actors.remote.ask import Remote, kill
+from elastic_moe.actors.remote.ask import Remote, kill, remote_form
 from elastic_moe.actors.remote.generations import StateStore
 from elastic_moe.actors.remote.saving import Store
 from elastic_moe.actors.tasks import kill_process
@@ -34,8 +34,6 @@ from elastic_moe.cluster.nodes import GPU, Node, free_cores, homes, shortage, th
 from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.cluster.redeploy import Generation, cluster_of, group_name, number_of
 from elastic_moe.optimizer import PlacementProblem, PlanResult
-
-A = TypeVar("A")
 
 NODE_ID = "ray.io/node-id"
 """The label in which every node has its id."""
@@ -341,10 +339,8 @@ class RayFleet:
             resources = {"num_cpus": 0} if self._alone else {"num_cpus": 1, **self._place(node)}
         if self._forks:
             resources["runtime_env"] = {"py_executable": command_of_models()}
-        groups = {"concurrency_groups": {"io": IO_THREADS, "joins": JOIN_THREADS, "copies": COPY_THREADS}}
-        return self._create(
-            worker_class, names.actor_name(worker), {"max_restarts": 0, **resources}, groups, *arguments
-        )
+        actor = remote_form(worker_class, (("io", IO_THREADS), ("joins", JOIN_THREADS), ("copies", COPY_THREADS)))
+        return self._create(actor, names.actor_name(worker), {"max_restarts": 0, **resources}, *arguments)
 
     def _place(self, node: str | None) -> dict[str, Any]:
         """Ray's options for a worker on CPUs. Unless told to spread them, Ray fills half of a node first."""
@@ -360,18 +356,15 @@ class RayFleet:
         if engine_class is None:
             engine_class, arguments = Engine, (*arguments, self._logs)
         options = {"max_restarts": 0, "num_cpus": 0, "resources": ON_HEAD}
-        return self._create(engine_class, names.ENGINE, options, {}, *arguments)
+        return self._create(remote_form(engine_class), names.ENGINE, options, *arguments)
 
     def start_migrator(self, expert_bytes: int) -> Remote[Migrator]:
         options = {"max_restarts": -1, "num_cpus": 0, "resources": ON_HEAD}
         bytes_per_s = self._config.migration_bandwidth * 1e6
         arguments = (expert_bytes, bytes_per_s, self._logs, self.device() == "cuda")
-        return self._create(Migrator, names.MIGRATOR, options, {}, *arguments)
+        return self._create(remote_form(Migrator), names.MIGRATOR, options, *arguments)
 
-    def _create(
-        self, cls: type[A], name: str, options: dict[str, Any], decoration: dict[str, Any], *arguments: Any
-    ) -> Remote[A]:
-        actor: Any = ray.remote(**decoration)(cls) if decoration else ray.remote(cls)
+    def _create(self, actor: Any, name: str, options: dict[str, Any], *arguments: Any) -> Remote[Any]:
         namespace = names.namespace_of(self.generation)
         named = actor.options(name=name, namespace=namespace, lifetime="detached", **options)
         return Remote(named.remote(*arguments))
@@ -388,7 +381,8 @@ class RayFleet:
             kill_process(info.pid)
         else:
             there = NodeAffinitySchedulingStrategy(node_id=info.node, soft=False)
-            ray.remote(kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(info.pid)
+            options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+            remote_form(kill_process).options(**options).remote(info.pid)
 
     def solve(
         self, problem: PlacementProblem, planner: str, deadline_s: float, solver: str, *, urgent: bool = False

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from elastic_moe.actors import names
@@ -14,7 +13,7 @@ from elastic_moe.actors.coordinator.coordinator import Coordinator
 from elastic_moe.actors.coordinator.fleet import ON_HEAD, RayFleet
 from elastic_moe.actors.liveness import CALL_TIMEOUT_S
 from elastic_moe.actors.remote import generations, ray_nodes
-from elastic_moe.actors.remote.ask import Remote, ask, kill, wait
+from elastic_moe.actors.remote.ask import Remote, ask, kill, remote_form, wait
 from elastic_moe.cluster.config import ServeConfig
 from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.nodes import CPU
@@ -78,7 +77,7 @@ def start_cluster(config: ServeConfig, model_dir: str, fleet: RayFleet) -> Remot
     """
     generations.announce(cluster_of(fleet.generation))
     return Remote(
-        ray.remote(Coordinator)
+        remote_form(Coordinator)
         .options(
             name=names.COORDINATOR,
             namespace=names.namespace_of(fleet.generation),

@@ -35,6 +35,8 @@ def cluster_environment(haproxy: str) -> dict[str, str]:
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         # by default, 1000 records of the replica's log stay in memory, and are lost when it dies
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+        # Serve writes HAProxy's configuration as the locale says, and has more than ASCII in it
+        "PYTHONUTF8": "1",
         # uvicorn would trust the X-Forwarded-For of every process on this machine
         "FORWARDED_ALLOW_IPS": "",
         # Ray runs actors at niceness 15, behind everything else on the machine

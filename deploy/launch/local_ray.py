@@ -170,9 +170,11 @@ class ServerProcesses:
             logging.getLogger(name).setLevel(logging.ERROR)
         host = INSIDE if self._behind_haproxy else self._config.host
         options = {"host": host, "port": self._config.port, "request_timeout_s": None}
-        serve.start(http_options=options, proxy_location="HeadOnly", logging_config={"enable_access_log": False})
+        # --enable-log-requests has a line for each request, and that of Serve goes to a file that is removed unread
+        logs = {"enable_access_log": False}
+        serve.start(http_options=options, proxy_location="HeadOnly", logging_config=logs)
         self._check_http()
-        serve.run(application(self._config, model_dir), name=APP_NAME, route_prefix="/")
+        serve.run(application(self._config, model_dir), name=APP_NAME, route_prefix="/", logging_config=logs)
 
     def _check_http(self) -> None:
         """Raises UserError where a joined cluster runs Serve already, and Serve listens on another port."""

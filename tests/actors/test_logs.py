@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -149,3 +150,38 @@ def test_where_log_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert log_directory(None, fallback) == fallback
     with pytest.raises(PermissionError):
         log_directory(None, Path("/dev/null/x"))
+
+
+FULL = """
+import logging, os, sys
+from ray.serve._private import logging_utils
+from ray.serve._private.common import ServeComponentType
+from ray.serve.schema import LoggingConfig
+from elastic_moe.actors.logs import LogSettings, set_up
+api = {"component_name": "api", "component_id": "1", "component_type": ServeComponentType.REPLICA}
+file = logging_utils.get_component_file_name(**api, suffix=".log")
+os.symlink("/dev/full", os.path.join(sys.argv[1], file))
+logging_utils.configure_component_logger(
+    **api, logging_config=LoggingConfig(logs_dir=sys.argv[1]), max_bytes=1000, backup_count=1
+)
+set_up("api", LogSettings())
+logging.getLogger("ray.serve").info("a request")
+logging.getLogger("ray.serve").error("an error")
+os._exit(7)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no file that is always full")
+def test_an_api_goes_on_where_a_record_of_serve_cannot_be_written(tmp_path: Path) -> None:
+    # Serve logs what an API prints, a report of logging included
+    environment = os.environ | {"RAY_SERVE_LOG_TO_STDERR": "0"}
+    api = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert api.returncode == 7, api.stderr
+    assert "an error" in api.stderr

@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 #include <new>
 
@@ -77,6 +78,18 @@ Status Exchange::wait_for_tokens(int64_t peer, int64_t count) {
 
 Status Exchange::wait_for_sums(int64_t peer) { return wait(segments[peer].header().sums, round, waited_ns[1]); }
 
+void Exchange::begin(const int64_t* tokens) {
+    step_tokens.assign(tokens, tokens + layout.size);
+    rounds_before = round;
+    // nobody sleeps until this comes
+    segments[rank].header().begun.value.store(round);
+}
+
+bool Exchange::all_have_begun() const {
+    return std::all_of(segments.begin(), segments.end(),
+                       [&](const Segment& segment) { return reached(segment.header().begun, rounds_before); });
+}
+
 int64_t Exchange::asker() const {
     int64_t found = -1;
     for (int64_t rank = 0; rank < layout.size; ++rank) {
@@ -95,6 +108,8 @@ void Exchange::ask(uint32_t question, uint64_t helpers) {
 
 uint64_t Exchange::ready_for(uint32_t question) const {
     uint64_t ranks = 0;
+    // those that have answered once still look as if they waited
+    if (reached(segments[rank].header().asked, question)) return ranks;
     for (int64_t peer = 0; peer < layout.size; ++peer)
         if (peer != rank && segments[peer].header().ready.value.load(std::memory_order_acquire) == question)
             ranks |= uint64_t(1) << peer;
@@ -102,7 +117,7 @@ uint64_t Exchange::ready_for(uint32_t question) const {
 }
 
 Status Exchange::wait_for_question(int64_t peer, uint32_t question, bool& mine) {
-    segments[rank].header().ready.value.store(question);
+    if (all_have_begun()) segments[rank].header().ready.value.store(question);
     Header& header = segments[peer].header();
     const auto there = [&] { return reached(header.asked, question) || reached(header.tokens, round + 1); };
     const Status status = wait_until(there, header.asked, question, waited_ns[0]);
@@ -111,7 +126,10 @@ Status Exchange::wait_for_question(int64_t peer, uint32_t question, bool& mine) 
 }
 
 Status Exchange::wait_for_answer(int64_t peer, uint32_t question) {
-    return wait(segments[peer].header().answered, question, waited_ns[1]);
+    // No more and no less: the peer answers nobody else before this rank has begun another step. And an answer of long ago
+    // may look like one that is to come, since numbers wrap around
+    Word& word = segments[peer].header().answered;
+    return wait_until([&] { return word.value.load(std::memory_order_acquire) == question; }, word, question, waited_ns[1]);
 }
 
 } // namespace emoe
@@ -154,7 +172,7 @@ extern "C" int emoe_exchange_meet(Exchange* exchange) {
 
 // Begins a step in which each rank runs `tokens` [size] tokens.
 extern "C" void emoe_exchange_begin(Exchange* exchange, const int64_t* tokens) {
-    exchange->step_tokens.assign(tokens, tokens + exchange->layout.size);
+    exchange->begin(tokens);
 }
 
 // Ends a step on a rank that may have asked for help with its output head: who waits for that question goes on.

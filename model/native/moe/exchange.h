@@ -14,8 +14,9 @@
 //
 // Where one rank alone has tokens in a step, and few of them, the others help it with the matrices of its trunk, which every
 // rank has: it asks a question, and each rank that waits for it computes a share of the columns (block.cpp). A question lies
-// where the asking rank's hidden states lie later, and an answer where the helper's partial sums do: these are read before,
-// and are written again when the asking rank has published further tokens, so when it has read the answer.
+// where the asking rank's hidden states lie later, and an answer where the helper's partial sums do. Within a step only the
+// asking rank reads either, in order. But a rank whose tokens end with a step may still read a helper's sums or answer of that
+// step when another rank already asks in the next one. So nobody helps before every rank has begun the present step.
 #pragma once
 
 #include <atomic>
@@ -40,6 +41,7 @@ struct alignas(kLine) Header {
     Word ready;    // the question that this rank waits for
     Word asked;    // the last question of this rank
     Word answered; // the last question that this rank has answered
+    Word begun;    // rounds before the last step that this rank has begun: it reads nothing of them any more
     std::atomic<uint64_t> helpers; // a mask of the ranks that the question is for
     int64_t asked_rows; // rows of the question
 };
@@ -89,6 +91,7 @@ struct Exchange {
     std::atomic<bool> aborted{false};
     uint32_t round = 0;
     std::vector<int64_t> step_tokens; // [W] tokens of each rank in the whole step
+    uint32_t rounds_before = 0;       // rounds before this step
     int64_t waited_ns[2] = {0, 0};    // waited for tokens, waited for sums
 
     void publish(Word& word, uint32_t number);
@@ -98,15 +101,18 @@ struct Exchange {
     Status wait_for_tokens(int64_t peer, int64_t count);
     Status wait_for_sums(int64_t peer);
 
+    void begin(const int64_t* tokens);
+    // Whether every rank has begun this step, so that answers may be written.
+    bool all_have_begun() const;
     // The rank that may ask the others in this step, or -1.
     int64_t asker() const;
     // The number of a question. Numbers ascend from question to question and from round to round.
     uint32_t question(int which) const { return 3 * (round + 1) + which; }
     void ask(uint32_t question, uint64_t helpers);
-    // A mask of the ranks that wait for a question.
+    // A mask of the ranks that wait for a question; none if it has been asked already.
     uint64_t ready_for(uint32_t question) const;
     // Waits until a peer has asked the question, a later one, or none and gone on to the next round. `mine` becomes
-    // whether it has asked the question, and this rank is to help.
+    // whether it has asked the question, and this rank is to help. That is never so before all ranks have begun the step.
     Status wait_for_question(int64_t peer, uint32_t question, bool& mine);
     Status wait_for_answer(int64_t peer, uint32_t question);
 };

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray._private.ray_constants import KV_NAMESPACE_FUNCTION_TABLE
 
 from elastic_moe.actors.coordinator.start import start_cluster, stop_cluster
 from elastic_moe.actors.remote import generations
@@ -111,6 +112,23 @@ def test_kill_9_of_all_workers(coordinator: Any) -> None:
     wait_until(lambda: not ask(coordinator, "readiness").ready)
     wait_ready(coordinator)
     assert [worker.id for worker in serving(coordinator)] == ["w2", "w3"]
+
+
+def test_further_workers_export_no_further_class(coordinator: Any) -> None:
+    """Each process that is told of a worker keeps its class, and Ray does."""
+    wait_ready(coordinator)
+    exported = classes_in_gcs()
+    for worker in serving(coordinator):
+        os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: not ask(coordinator, "readiness").ready)
+    wait_ready(coordinator)
+    assert classes_in_gcs() == exported
+
+
+def classes_in_gcs() -> set[bytes]:
+    keys = ray._private.worker.global_worker.gcs_client.internal_kv_keys(b"ActorClass", KV_NAMESPACE_FUNCTION_TABLE)
+    assert keys
+    return set(keys)
 
 
 def test_kill_9_of_the_coordinator_disturbs_no_request(coordinator: Any) -> None:

@@ -7,7 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.actors.remote.ask import Remote, ask, forward
+from elastic_moe.actors.remote.ask import Remote, ask, forward, remote_form
 from tests.actors.fakes import Handle
 from tests.paths import ROOT
 
@@ -56,6 +56,15 @@ def test_only_one_file_calls_through_handles() -> None:
     """The other files make actors and tasks."""
     makers = {"actors/coordinator/fleet.py", "actors/coordinator/start.py", "deploy/calibrating/cluster_group.py"}
     assert files_with(".remote(", "actors", "deploy") == {"actors/remote/ask.py"} | makers
+
+
+def test_actors_are_of_one_form_for_each_class() -> None:
+    assert remote_form(Adder) is remote_form(Adder)
+    assert remote_form(Adder, (("io", 2),)) is remote_form(Adder, (("io", 2),))
+    assert files_with("ray.remote(", "actors", "deploy") == {
+        "actors/remote/ask.py",
+        "deploy/calibrating/cluster_group.py",
+    }
 
 
 def test_time_outs_do_not_count_stalls_of_their_own_loop() -> None:

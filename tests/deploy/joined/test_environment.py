@@ -39,5 +39,6 @@ def test_the_image_has_it() -> None:
 
 
 def test_ray_reads_each() -> None:
-    """ENVIRONMENT is compared with the installed Ray elsewhere (test_ray_private.py). The one name is uvicorn's."""
-    assert cluster_environment("").keys() - ENVIRONMENT.keys() == {"FORWARDED_ALLOW_IPS"}
+    """ENVIRONMENT is compared with the installed Ray elsewhere (test_ray_private.py). One name is
+    uvicorn's, and one Python's."""
+    assert cluster_environment("").keys() - ENVIRONMENT.keys() == {"FORWARDED_ALLOW_IPS", "PYTHONUTF8"}
