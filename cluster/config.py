@@ -109,7 +109,7 @@ class ServeConfig:
         "auto",
         "number format of the experts' weights; auto keeps packed experts packed if they can be computed so, and "
         "bfloat16 unpacks them; int8 and int4 round experts of 16 bits, with one scale for every 128 and every 32 "
-        "weights, and work only with bfloat16 on CPUs",
+        "weights, and need dtype bfloat16",
         choices=("auto", "bfloat16", "int8", "int4"),
     )
     trunk_dtype: str = setting(

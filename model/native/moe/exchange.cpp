@@ -7,7 +7,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <climits>
 #include <new>
 
@@ -20,6 +19,7 @@ namespace {
 constexpr int64_t kSpinNs = 20'000;     // first, a waiting thread keeps its core
 constexpr int64_t kYieldNs = 2'000'000; // then it yields the core; after this it sleeps. Waking it takes some 50 us
 constexpr int64_t kLookNs = 5'000'000;  // a sleeper looks this often whether the exchange was aborted
+constexpr uint32_t kOldest = 1 << 20;   // numbers of questions go on meanwhile, before an old number is replaced
 
 int64_t now_ns() {
     timespec time;
@@ -42,6 +42,16 @@ void sleep_on(Word& word, uint32_t number) {
 }
 
 } // namespace
+
+void Exchange::begin_round() {
+    ++round;
+    // Questions between the rounds n-1 and n have the numbers 3 n + which. A number that stayed as it is for long would seem
+    // to be a later one when numbers have wrapped around. Nobody waits any more for the number that replaces it.
+    const uint32_t last = 3 * round + kAfter;
+    Header& own = segments[rank].header();
+    for (Word* word : {&own.ready, &own.asked, &own.answered})
+        if (last - word->value.load(std::memory_order_relaxed) > kOldest) word->value.store(3 * round - 1);
+}
 
 void Exchange::publish(Word& word, uint32_t number) {
     word.value.store(number);
@@ -78,18 +88,6 @@ Status Exchange::wait_for_tokens(int64_t peer, int64_t count) {
 
 Status Exchange::wait_for_sums(int64_t peer) { return wait(segments[peer].header().sums, round, waited_ns[1]); }
 
-void Exchange::begin(const int64_t* tokens) {
-    step_tokens.assign(tokens, tokens + layout.size);
-    rounds_before = round;
-    // nobody sleeps until this comes
-    segments[rank].header().begun.value.store(round);
-}
-
-bool Exchange::all_have_begun() const {
-    return std::all_of(segments.begin(), segments.end(),
-                       [&](const Segment& segment) { return reached(segment.header().begun, rounds_before); });
-}
-
 int64_t Exchange::asker() const {
     int64_t found = -1;
     for (int64_t rank = 0; rank < layout.size; ++rank) {
@@ -109,15 +107,19 @@ void Exchange::ask(uint32_t question, uint64_t helpers) {
 uint64_t Exchange::ready_for(uint32_t question) const {
     uint64_t ranks = 0;
     // those that have answered once still look as if they waited
-    if (reached(segments[rank].header().asked, question)) return ranks;
-    for (int64_t peer = 0; peer < layout.size; ++peer)
-        if (peer != rank && segments[peer].header().ready.value.load(std::memory_order_acquire) == question)
-            ranks |= uint64_t(1) << peer;
+    if (segments[rank].header().asked.value.load(std::memory_order_relaxed) == question) return ranks;
+    for (int64_t peer = 0; peer < layout.size; ++peer) {
+        if (peer == rank) continue;
+        const Word& ready = segments[peer].header().ready;
+        if (ready.value.load(std::memory_order_acquire) == question) ranks |= uint64_t(1) << peer;
+        // it had tokens in the last round, and is not known to have begun this step
+        else if (counts[peer] > 0 && !reached(ready, this->question(kBefore))) return 0;
+    }
     return ranks;
 }
 
 Status Exchange::wait_for_question(int64_t peer, uint32_t question, bool& mine) {
-    if (all_have_begun()) segments[rank].header().ready.value.store(question);
+    segments[rank].header().ready.value.store(question);
     Header& header = segments[peer].header();
     const auto there = [&] { return reached(header.asked, question) || reached(header.tokens, round + 1); };
     const Status status = wait_until(there, header.asked, question, waited_ns[0]);
@@ -126,10 +128,7 @@ Status Exchange::wait_for_question(int64_t peer, uint32_t question, bool& mine) 
 }
 
 Status Exchange::wait_for_answer(int64_t peer, uint32_t question) {
-    // No more and no less: the peer answers nobody else before this rank has begun another step. And an answer of long ago
-    // may look like one that is to come, since numbers wrap around
-    Word& word = segments[peer].header().answered;
-    return wait_until([&] { return word.value.load(std::memory_order_acquire) == question; }, word, question, waited_ns[1]);
+    return wait(segments[peer].header().answered, question, waited_ns[1]);
 }
 
 } // namespace emoe
@@ -147,6 +146,7 @@ extern "C" Exchange* emoe_exchange_new(int64_t rank, int64_t size, int64_t capac
     exchange->rank = rank;
     exchange->layout = {size, capacity, hidden, top_k};
     exchange->timeout_ns = timeout_ns;
+    exchange->counts.assign(size, 0);
     for (int64_t r = 0; r < size; ++r) exchange->segments.push_back({(char*)bases[r], exchange->layout});
     return exchange;
 }
@@ -158,7 +158,8 @@ extern "C" void emoe_exchange_abort(Exchange* exchange) { exchange->aborted = tr
 
 // Runs a round without tokens. It returns when every rank has called it.
 extern "C" int emoe_exchange_meet(Exchange* exchange) {
-    ++exchange->round;
+    exchange->begin_round();
+    exchange->counts.assign(exchange->layout.size, 0);
     Header& own = exchange->segments[exchange->rank].header();
     own.count = 0;
     exchange->publish(own.tokens, exchange->round);
@@ -172,7 +173,7 @@ extern "C" int emoe_exchange_meet(Exchange* exchange) {
 
 // Begins a step in which each rank runs `tokens` [size] tokens.
 extern "C" void emoe_exchange_begin(Exchange* exchange, const int64_t* tokens) {
-    exchange->begin(tokens);
+    exchange->step_tokens.assign(tokens, tokens + exchange->layout.size);
 }
 
 // Ends a step on a rank that may have asked for help with its output head: who waits for that question goes on.

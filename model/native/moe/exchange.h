@@ -14,9 +14,14 @@
 //
 // Where one rank alone has tokens in a step, and few of them, the others help it with the matrices of its trunk, which every
 // rank has: it asks a question, and each rank that waits for it computes a share of the columns (block.cpp). A question lies
-// where the asking rank's hidden states lie later, and an answer where the helper's partial sums do. Within a step only the
-// asking rank reads either, in order. But a rank whose tokens end with a step may still read a helper's sums or answer of that
-// step when another rank already asks in the next one. So nobody helps before every rank has begun the present step.
+// where the asking rank's hidden states lie, and an answer where the helper's partial sums do. No read overlaps a write:
+// - A question replaces tokens of the last round, whose sums the asking rank has from every peer, or a question whose
+//   answers it has from every helper. Tokens replace a question for the same reason.
+// - Sums of round n+1 replace sums of round n and answers to questions between the two rounds. Every rank that may read
+//   these has published its tokens of round n+1, so it has read them.
+// - An answer replaces the sums of the last round and an earlier answer. Within a step, only the asking rank reads these,
+//   before it asks. But before the first round of a step, ranks with tokens in the step before may still read them, and
+//   the asking rank may be another one. It asks if all of them wait for its questions, and so have read (ready_for).
 #pragma once
 
 #include <atomic>
@@ -38,10 +43,9 @@ struct alignas(kLine) Header {
     Word tokens; // rounds whose tokens are published
     Word sums;   // rounds whose partial sums are published
     int64_t count; // tokens of this round
-    Word ready;    // the question that this rank waits for
+    Word ready;    // the question that this rank waits for, or the last one that it has waited for
     Word asked;    // the last question of this rank
     Word answered; // the last question that this rank has answered
-    Word begun;    // rounds before the last step that this rank has begun: it reads nothing of them any more
     std::atomic<uint64_t> helpers; // a mask of the ranks that the question is for
     int64_t asked_rows; // rows of the question
 };
@@ -91,9 +95,10 @@ struct Exchange {
     std::atomic<bool> aborted{false};
     uint32_t round = 0;
     std::vector<int64_t> step_tokens; // [W] tokens of each rank in the whole step
-    uint32_t rounds_before = 0;       // rounds before this step
+    std::vector<int64_t> counts;      // [W] tokens of each rank in the last round, or in this one
     int64_t waited_ns[2] = {0, 0};    // waited for tokens, waited for sums
 
+    void begin_round();
     void publish(Word& word, uint32_t number);
     Status wait(Word& word, uint32_t number, int64_t& waited);
     // Waits until there() is true. The peer that makes it so publishes `number` in `word`, or does not wake sleepers.
@@ -101,18 +106,16 @@ struct Exchange {
     Status wait_for_tokens(int64_t peer, int64_t count);
     Status wait_for_sums(int64_t peer);
 
-    void begin(const int64_t* tokens);
-    // Whether every rank has begun this step, so that answers may be written.
-    bool all_have_begun() const;
     // The rank that may ask the others in this step, or -1.
     int64_t asker() const;
     // The number of a question. Numbers ascend from question to question and from round to round.
     uint32_t question(int which) const { return 3 * (round + 1) + which; }
     void ask(uint32_t question, uint64_t helpers);
-    // A mask of the ranks that wait for a question; none if it has been asked already.
+    // A mask of the ranks that wait for a question. It is empty if a rank may still read what an answer would replace,
+    // and if the question has been asked before.
     uint64_t ready_for(uint32_t question) const;
     // Waits until a peer has asked the question, a later one, or none and gone on to the next round. `mine` becomes
-    // whether it has asked the question, and this rank is to help. That is never so before all ranks have begun the step.
+    // whether it has asked the question, and this rank is to help.
     Status wait_for_question(int64_t peer, uint32_t question, bool& mine);
     Status wait_for_answer(int64_t peer, uint32_t question);
 };
