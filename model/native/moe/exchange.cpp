@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kSpinNs = 20'000;     // first, a waiting thread keeps its core
 constexpr int64_t kYieldNs = 2'000'000; // then it yields the core; after this it sleeps. Waking it takes some 50 us
 constexpr int64_t kLookNs = 5'000'000;  // a sleeper looks this often whether the exchange was aborted
+constexpr uint32_t kOldest = 1 << 20;   // numbers of questions go on meanwhile, before an old number is replaced
 
 int64_t now_ns() {
     timespec time;
@@ -41,6 +42,16 @@ void sleep_on(Word& word, uint32_t number) {
 }
 
 } // namespace
+
+void Exchange::begin_round() {
+    ++round;
+    // Questions between the rounds n-1 and n have the numbers 3 n + which. A number that stayed as it is for long would seem
+    // to be a later one when numbers have wrapped around. Nobody waits any more for the number that replaces it.
+    const uint32_t last = 3 * round + kAfter;
+    Header& own = segments[rank].header();
+    for (Word* word : {&own.ready, &own.asked, &own.answered})
+        if (last - word->value.load(std::memory_order_relaxed) > kOldest) word->value.store(3 * round - 1);
+}
 
 void Exchange::publish(Word& word, uint32_t number) {
     word.value.store(number);
@@ -95,9 +106,13 @@ void Exchange::ask(uint32_t question, uint64_t helpers) {
 
 uint64_t Exchange::ready_for(uint32_t question) const {
     uint64_t ranks = 0;
-    for (int64_t peer = 0; peer < layout.size; ++peer)
-        if (peer != rank && segments[peer].header().ready.value.load(std::memory_order_acquire) == question)
-            ranks |= uint64_t(1) << peer;
+    for (int64_t peer = 0; peer < layout.size; ++peer) {
+        if (peer == rank) continue;
+        const Word& ready = segments[peer].header().ready;
+        if (ready.value.load(std::memory_order_acquire) == question) ranks |= uint64_t(1) << peer;
+        // it had tokens in the last round, and is not known to have begun this step
+        else if (counts[peer] > 0 && !reached(ready, this->question(kBefore))) return 0;
+    }
     return ranks;
 }
 
@@ -129,6 +144,7 @@ extern "C" Exchange* emoe_exchange_new(int64_t rank, int64_t size, int64_t capac
     exchange->rank = rank;
     exchange->layout = {size, capacity, hidden, top_k};
     exchange->timeout_ns = timeout_ns;
+    exchange->counts.assign(size, 0);
     for (int64_t r = 0; r < size; ++r) exchange->segments.push_back({(char*)bases[r], exchange->layout});
     return exchange;
 }
@@ -140,7 +156,8 @@ extern "C" void emoe_exchange_abort(Exchange* exchange) { exchange->aborted = tr
 
 // Runs a round without tokens. It returns when every rank has called it.
 extern "C" int emoe_exchange_meet(Exchange* exchange) {
-    ++exchange->round;
+    exchange->begin_round();
+    exchange->counts.assign(exchange->layout.size, 0);
     Header& own = exchange->segments[exchange->rank].header();
     own.count = 0;
     exchange->publish(own.tokens, exchange->round);

@@ -14,8 +14,14 @@
 //
 // Where one rank alone has tokens in a step, and few of them, the others help it with the matrices of its trunk, which every
 // rank has: it asks a question, and each rank that waits for it computes a share of the columns (block.cpp). A question lies
-// where the asking rank's hidden states lie later, and an answer where the helper's partial sums do: these are read before,
-// and are written again when the asking rank has published further tokens, so when it has read the answer.
+// where the asking rank's hidden states lie, and an answer where the helper's partial sums do. No read overlaps a write:
+// - A question replaces tokens of the last round, whose sums the asking rank has from every peer, or a question whose
+//   answers it has from every helper. Tokens replace a question for the same reason.
+// - Sums of round n+1 replace sums of round n and answers to questions between the two rounds. Every rank that may read
+//   these has published its tokens of round n+1, so it has read them.
+// - An answer replaces the sums of the last round and an earlier answer. Within a step, only the asking rank reads these,
+//   before it asks. But before the first round of a step, ranks with tokens in the step before may still read them, and
+//   the asking rank may be another one. It asks if all of them wait for its questions, and so have read (ready_for).
 #pragma once
 
 #include <atomic>
@@ -37,7 +43,7 @@ struct alignas(kLine) Header {
     Word tokens; // rounds whose tokens are published
     Word sums;   // rounds whose partial sums are published
     int64_t count; // tokens of this round
-    Word ready;    // the question that this rank waits for
+    Word ready;    // the question that this rank waits for, or the last one that it has waited for
     Word asked;    // the last question of this rank
     Word answered; // the last question that this rank has answered
     std::atomic<uint64_t> helpers; // a mask of the ranks that the question is for
@@ -89,8 +95,10 @@ struct Exchange {
     std::atomic<bool> aborted{false};
     uint32_t round = 0;
     std::vector<int64_t> step_tokens; // [W] tokens of each rank in the whole step
+    std::vector<int64_t> counts;      // [W] tokens of each rank in the last round, or in this one
     int64_t waited_ns[2] = {0, 0};    // waited for tokens, waited for sums
 
+    void begin_round();
     void publish(Word& word, uint32_t number);
     Status wait(Word& word, uint32_t number, int64_t& waited);
     // Waits until there() is true. The peer that makes it so publishes `number` in `word`, or does not wake sleepers.
@@ -103,7 +111,7 @@ struct Exchange {
     // The number of a question. Numbers ascend from question to question and from round to round.
     uint32_t question(int which) const { return 3 * (round + 1) + which; }
     void ask(uint32_t question, uint64_t helpers);
-    // A mask of the ranks that wait for a question.
+    // A mask of the ranks that wait for a question. It is empty if a rank may still read what an answer would replace.
     uint64_t ready_for(uint32_t question) const;
     // Waits until a peer has asked the question, a later one, or none and gone on to the next round. `mine` becomes
     // whether it has asked the question, and this rank is to help.

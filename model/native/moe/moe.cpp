@@ -26,8 +26,8 @@ struct Round {
     Exchange& exchange;
     const int16_t* routes; // [W, E] the rank that computes expert E for the tokens of rank W
     int64_t num_experts;
-    int64_t pieces;              // of a sum; 2 where replicas are chosen round by round
-    std::vector<int64_t> counts; // [W] tokens of this round
+    int64_t pieces; // of a sum; 2 where replicas are chosen round by round
+    const std::vector<int64_t>& counts; // [W] tokens of this round
 
     bool visits(const int32_t* choices, int64_t source, int64_t target) const {
         for (int64_t k = 0; k < exchange.layout.top_k; ++k)
@@ -158,14 +158,14 @@ extern "C" int emoe_exchange_layer(Exchange* exchange, int64_t width, int64_t nu
     const int64_t pieces = Routes{routes, exchange->layout.size, num_experts}.replicated() ? 2 : 1;
     const int64_t capacity = exchange->layout.capacity / pieces;
     const int64_t rounds = std::max<int64_t>(1, (most + capacity - 1) / capacity);
-    Round round{*exchange, routes, num_experts, pieces, {}};
+    Round round{*exchange, routes, num_experts, pieces, exchange->counts};
     thread_local Work work; // kept from call to call, since fresh memory costs page faults
     thread_local std::vector<int16_t> chosen;
     for (int64_t n = 0; n < rounds; ++n) {
-        round.counts.clear();
-        for (int64_t all : tokens) round.counts.push_back(all * (n + 1) / rounds - all * n / rounds);
+        exchange->counts.clear();
+        for (int64_t all : tokens) exchange->counts.push_back(all * (n + 1) / rounds - all * n / rounds);
         const int64_t first = tokens[rank] * n / rounds;
-        ++exchange->round;
+        exchange->begin_round();
         round.routes = routes;
         round.publish_tokens(x + first * hidden, choices + first * top_k, weights + first * top_k);
         if (const Status status = run_round(layer, round, work, chosen, threads)) return status;

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,8 +57,18 @@ def test_several_workers_compute_what_one_does(
     assert ((together - alone).norm(dim=1) / alone.norm(dim=1)).median() < 0.02
 
 
-ANSWERED = slice(5 * 64, 5 * 64 + 4)
-"""Where a segment has the number of the last question that its rank has answered (Header in exchange.h)."""
+TOKENS, READY, ASKED, ANSWERED, HEADER = 0, 3, 4, 5, 7
+"""Where a segment has words of its Header in exchange.h, and where its Header ends, in lines of 64 bytes."""
+
+
+def segments_of(workers: Lockstep) -> list[torch.Tensor]:
+    segments: list[torch.Tensor] = groups(workers)[0]._views  # type: ignore[attr-defined]
+    return segments
+
+
+def words(workers: Lockstep, line: int) -> list[int]:
+    """A word of each rank."""
+    return [int(segment[64 * line : 64 * line + 4].view(torch.int32)) for segment in segments_of(workers)]
 
 
 @pytest.mark.parametrize("trunk_dtype", ["auto", "int8"])
@@ -68,8 +81,7 @@ def test_workers_without_tokens_help_the_one_that_has_a_few(lib: ctypes.CDLL, tm
     text = texts(512)[0]
 
     def answered() -> list[int]:
-        segments = groups(workers)[0]._views  # type: ignore[attr-defined]
-        return [int(segment[ANSWERED].view(torch.int32)) for segment in segments]
+        return words(workers, ANSWERED)
 
     def decode(joints: list[JointLayers | None], heads: list[NativeHead | None]) -> torch.Tensor:
         """Logits of a prompt, and of some tokens after it, two at a time; the first worker has them all."""
@@ -92,6 +104,68 @@ def test_workers_without_tokens_help_the_one_that_has_a_few(lib: ctypes.CDLL, tm
         after = answered()
         assert after[0] == 0
         assert all(one < other for one, other in zip(before[1:], after[1:], strict=True))
+
+
+def until(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("before", [(2, 0, 0), (2, 3, 0), (20, 0, 0), (0, 2, 0)])
+def test_helpers_keep_what_a_rank_may_still_read(lib: ctypes.CDLL, tmp_path: Path, before: tuple[int, ...]) -> None:
+    """The first rank has not begun a step in which the second asks the third for help: it may still read what the third
+    has computed for its last tokens."""
+    path = make_random_checkpoint(tmp_path / "m", "qwen3_moe", hidden=256, layers=3, experts=6, dtype="bfloat16")
+    workers = lockstep(path, (2, 2, 2))
+    runners = [worker._runner for worker in workers.workers.values()]
+    area, text, helped = segments_of(workers)[2][64 * HEADER :], texts(512)[0], 0
+
+    def step(tokens: tuple[int, ...], rank: int) -> torch.Tensor:
+        piece = SequenceSlice(token_ids=text[: tokens[rank]], start=0, block_ids=[0, 1], prompt_length=len(text))
+        return runners[rank].run([piece] if tokens[rank] else [], list(tokens)).float()
+
+    after = (0, 2, 0)
+    expected = run_group(3, partial(step, after))[1]
+    for _ in range(5):
+        run_group(3, partial(step, before))
+        kept, ready, answered = area.clone(), words(workers, READY), words(workers, ANSWERED)
+        published = [number + 1 for number in words(workers, TOKENS)]
+        with ThreadPoolExecutor(3) as pool:
+            third = pool.submit(step, after, 2)
+            until(lambda: words(workers, READY)[2] != ready[2])  # noqa: B023 - it is called in this turn
+            second = pool.submit(step, after, 1)
+            until(lambda: words(workers, TOKENS)[1:] == published[1:])  # noqa: B023
+            same = torch.equal(area, kept)
+            pool.submit(step, after, 0).result()
+            third.result()
+            assert torch.equal(second.result(), expected)
+        # where the second rank had the last tokens, it has read everything
+        assert same == (before[0] > 0)
+        helped += words(workers, ANSWERED)[2] > answered[2]
+    assert helped > 0
+
+
+def test_numbers_of_questions_that_have_wrapped_around_are_no_later_ones(lib: ctypes.CDLL, tmp_path: Path) -> None:
+    path = make_random_checkpoint(tmp_path / "m", "qwen3_moe", hidden=256, layers=3, experts=6, dtype="bfloat16")
+    workers = lockstep(path, (2, 2, 2))
+    runners = [worker._runner for worker in workers.workers.values()]
+    part = [(0, texts(512)[0], 0, 2)]
+
+    def step(rank: int) -> torch.Tensor:
+        return logits(runners[0], part, others=2) if rank == 0 else runners[rank].run([], [2, 0, 0])
+
+    first = run_group(3, step)[0]
+    for line in (ASKED, ANSWERED, READY):
+        for segment in segments_of(workers):
+            # as if so many questions had been asked since the rank took part in one
+            segment[64 * line : 64 * line + 4].view(torch.int32).fill_(2**31 - 1)
+        run_group(3, lambda rank: runners[rank].run([], [0, 0, 0]))
+        before = words(workers, ANSWERED)
+        for _ in range(5):
+            assert torch.equal(run_group(3, step)[0], first)
+        assert words(workers, ANSWERED) != before
 
 
 def test_nobody_waits_for_an_output_head_that_is_not_asked_for(lib: ctypes.CDLL, tmp_path: Path) -> None:
