@@ -265,16 +265,16 @@ def report(
 ) -> str:
     ceiling, usual_s = min(top.to_host, top.to_device), statistics.median(usual)
     rates = [
-        ["to pinned memory", *_gb(top.to_host, ceiling)],
-        ["from pinned memory", *_gb(top.to_device, ceiling)],
-        ["on the device", *_gb(top.on_device, ceiling)],
-        ["by one core of the host", *_gb(top.by_core, ceiling)],
-        *([f"experts, {c.at_once} at a time", *_gb(c.bytes_per_s, ceiling)] for c in copies),
-        *([[ON_GPU, *_gb(parcels.bytes_per_s, ceiling)]] if parcels is not None else []),
+        ["to pinned memory", *_rate(top.to_host, ceiling)],
+        ["from pinned memory", *_rate(top.to_device, ceiling)],
+        ["on the device", *_rate(top.on_device, ceiling)],
+        ["by one core of the host", *_rate(top.by_core, ceiling)],
+        *([f"experts, {c.at_once} at a time", *_rate(c.bytes_per_s, ceiling)] for c in copies),
+        *([[ON_GPU, *_rate(parcels.bytes_per_s, ceiling)]] if parcels is not None else []),
     ]
-    parts = [[str(c.at_once), *(f"{1e3 * s:.2f}" for s in (c.export_s, c.store_s, c.import_s))] for c in copies]
+    parts = [[str(c.at_once), *(f"{1e3 * s:.4g}" for s in (c.export_s, c.store_s, c.import_s))] for c in copies]
     if parcels is not None:
-        parts.append([ON_GPU, *(f"{1e3 * s:.2f}" for s in (parcels.export_s, 0.0, parcels.import_s))])
+        parts.append([ON_GPU, *(f"{1e3 * s:.4g}" for s in (parcels.export_s, 0.0, parcels.import_s))])
     steps = [_steps("usual", usual, usual_s)]
     steps += [_steps(f"{c.at_once} copies at a time", c.steps_s, usual_s) for c in copies if c.steps_s]
     steps.append(_steps(f"a flip of {flip.experts} experts before it", [flip.step_s], usual_s))
@@ -288,7 +288,7 @@ def report(
     ]
     return "\n\n".join(
         [
-            markdown((f"copies of {nbytes / 1e6:.1f} MB", "GB/s", "of the ceiling"), rates),
+            markdown((f"copies of {nbytes / 1e6:.1f} MB", "MB/s", "of the ceiling"), rates),
             markdown(("at a time", "export, ms", "store, ms", "import, ms"), parts),
             markdown(("steps", "median, ms", "99 %", "longest", "of the usual"), steps),
             *verdict,
@@ -296,14 +296,14 @@ def report(
     )
 
 
-def _gb(rate: float, ceiling: float) -> list[str]:
-    return [f"{rate / 1e9:.2f}", f"{rate / ceiling:.0%}"]
+def _rate(rate: float, ceiling: float) -> list[str]:
+    return [f"{rate / 1e6:.4g}", f"{rate / ceiling:.0%}"]
 
 
 def _steps(name: str, seconds: Sequence[float], usual_s: float) -> list[str]:
     ordered = sorted(seconds)
     figures = statistics.median(ordered), ordered[math.ceil(0.99 * (len(ordered) - 1))], ordered[-1]
-    return [name, *(f"{1e3 * s:.2f}" for s in figures), f"{figures[-1] / usual_s:.2f}"]
+    return [name, *(f"{1e3 * s:.4g}" for s in figures), f"{figures[-1] / usual_s:.2f}"]
 
 
 def checkpoint(where: Path, device: str, layers: int) -> Path:
