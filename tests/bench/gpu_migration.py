@@ -265,12 +265,12 @@ def report(
 ) -> str:
     ceiling, usual_s = min(top.to_host, top.to_device), statistics.median(usual)
     rates = [
-        ["to pinned memory", *_rate(top.to_host, ceiling)],
-        ["from pinned memory", *_rate(top.to_device, ceiling)],
-        ["on the device", *_rate(top.on_device, ceiling)],
-        ["by one core of the host", *_rate(top.by_core, ceiling)],
-        *([f"experts, {c.at_once} at a time", *_rate(c.bytes_per_s, ceiling)] for c in copies),
-        *([[ON_GPU, *_rate(parcels.bytes_per_s, ceiling)]] if parcels is not None else []),
+        ["to pinned memory", *_cells(top.to_host, ceiling)],
+        ["from pinned memory", *_cells(top.to_device, ceiling)],
+        ["on the device", *_cells(top.on_device, ceiling)],
+        ["by one core of the host", *_cells(top.by_core, ceiling)],
+        *([f"experts, {c.at_once} at a time", *_cells(c.bytes_per_s, ceiling)] for c in copies),
+        *([[ON_GPU, *_cells(parcels.bytes_per_s, ceiling)]] if parcels is not None else []),
     ]
     parts = [[str(c.at_once), *(f"{1e3 * s:.4g}" for s in (c.export_s, c.store_s, c.import_s))] for c in copies]
     if parcels is not None:
@@ -296,7 +296,7 @@ def report(
     )
 
 
-def _rate(rate: float, ceiling: float) -> list[str]:
+def _cells(rate: float, ceiling: float) -> list[str]:
     return [f"{rate / 1e6:.4g}", f"{rate / ceiling:.0%}"]
 
 
