@@ -60,7 +60,8 @@ class Watch:
         self._stopped = self._blocked = 0
 
     def look(self) -> None:
-        """Call this every HELPER_LOOK_S while you wait. Raises StandsStill."""
+        """Call this every HELPER_LOOK_S while you wait. Raises StandsStill, and TimeoutError where the process
+        has needed more than `processor_s`."""
         fields = _fields(f"/proc/{self.pid}/stat")
         if fields is None or fields[_BORN] != self._born:
             # it has ended, which its connection will tell
@@ -86,20 +87,27 @@ class Watch:
                 os.kill(self.pid, signal.SIGKILL)
 
 
-async def while_it_works(work: Awaitable[T], watch: Watch) -> T:
-    """The result of `work`, which waits for the process of `watch`. Raises StandsStill, and cancels `work`."""
-    watch.begin()
+@contextlib.contextmanager
+def until_left(work: Awaitable[T]) -> Iterator[asyncio.Future[T]]:
+    """`work` as a task that is cancelled where the block is left before the task is done."""
     task = asyncio.ensure_future(work)
     try:
-        while not (await asyncio.wait([task], timeout=HELPER_LOOK_S))[0]:
-            watch.look()
-        return task.result()
+        yield task
     finally:
         if not task.done():
             task.cancel()
         elif not task.cancelled():
-            # it may have failed while this was being cancelled
+            # it may have failed while the block was being cancelled
             task.exception()
+
+
+async def while_it_works(work: Awaitable[T], watch: Watch) -> T:
+    """The result of `work`, which waits for the process of `watch`. Raises StandsStill, and cancels `work`."""
+    watch.begin()
+    with until_left(work) as task:
+        while not (await asyncio.wait([task], timeout=HELPER_LOOK_S))[0]:
+            watch.look()
+        return task.result()
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from elastic_moe.actors.stillness import until_left
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.lines import ending, single_line
 
@@ -72,18 +73,11 @@ async def within(work: Awaitable[T], timeout_s: float) -> T:
     Time counts only while this process's own event loop runs: an answer that waits to be read is not late. So the time
     is cut into `LOOKS` parts, and each is over when the loop has looked for answers once more, however late it does.
     """
-    task = asyncio.ensure_future(work)
-    try:
+    with until_left(work) as task:
         done, _ = await wait_within([task], timeout_s, asyncio.FIRST_COMPLETED)
         if not done:
             raise TimeoutError(f"no answer in {timeout_s:g} s")
         return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-        elif not task.cancelled():
-            # it may have failed while this was being cancelled
-            task.exception()
 
 
 async def wait_within(

@@ -82,11 +82,8 @@ def test_steps_of_a_family(family: str, tmp_path_factory: pytest.TempPathFactory
         assert worker._runner._graphs
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
-def test_tokens_of_two_workers_across_replacements(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Float32, against transformers. States, windows and sinks; copies of experts between devices."""
-    path = tiny_checkpoint(family, tmp_path_factory)
-    cluster = served(path, (4, 4), dtype="float32", block_size=4)
+def tokens_across_replacements(cluster: Lockstep) -> list[int]:
+    """Nine tokens after the first prompt, by two workers of four slots, between which experts move twice."""
     cluster.scheduler.add(request("one", PROMPTS[0], max_tokens=9))
     tokens: list[int] = []
     for step in range(12):
@@ -95,6 +92,15 @@ def test_tokens_of_two_workers_across_replacements(family: str, tmp_path_factory
                 assert cluster.replace(cluster.shuffled(step), [4, 4]) > 0
         for output in cluster.step():
             tokens += output.token_ids
+    return tokens
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
+def test_tokens_of_two_workers_across_replacements(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Float32, against transformers. States, windows and sinks; copies of experts between devices."""
+    path = tiny_checkpoint(family, tmp_path_factory)
+    cluster = served(path, (4, 4), dtype="float32", block_size=4)
+    tokens = tokens_across_replacements(cluster)
     assert tokens == greedy(path, PROMPTS[0], 9, claimed=tokens)
 
 
@@ -191,14 +197,7 @@ def test_packed_experts_stay_packed_and_compute_as_unpacked_ones(
     found = []
     for expert_dtype in ("auto", "bfloat16"):
         cluster = served(packed, (4, 4), expert_dtype=expert_dtype)
-        cluster.scheduler.add(request("one", PROMPTS[0], max_tokens=9))
-        tokens: list[int] = []
-        for step in range(12):
-            if step in (3, 6):
-                with entered():
-                    assert cluster.replace(cluster.shuffled(step), [4, 4]) > 0
-            for output in cluster.step():
-                tokens += output.token_ids
+        tokens = tokens_across_replacements(cluster)
         workers = cluster.workers.values()
         with entered():
             layer, expert = 0, min(next(iter(workers)).loaded.store.held(0))
