@@ -18,6 +18,8 @@ from elastic_moe.actors.logs import LogSettings, set_up
 from elastic_moe.actors.remote.ask import Remote, ask, forward
 from elastic_moe.actors.remote.calls import CALL_ERRORS, one_line, within
 from elastic_moe.actors.worker.worker_actor import WorkerActor
+from elastic_moe.cluster.facts.transfers import BUNDLE_BYTES, bundles_at_once
+from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.placement import Move, WorkerId
 
 logger = logging.getLogger(__name__)
@@ -28,9 +30,6 @@ SUPERSEDED_S = 0.1
 """Seconds after which a call that waits for bandwidth notices a newer call."""
 LONGEST_REST_S = 0.5
 """Most seconds that two workers rest after a copy. A newer call that needs them waits for the rest."""
-AT_ONCE_ON_GPUS = 4
-"""Copies that a worker on a GPU takes part in at a time. Each waits for two calls, the GPU twice and a memory copy at
-either end; in pinned memory it is as large as two experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +44,8 @@ class MigrationReport:
 class Migrator:
     """At most one copy per worker at a time, so that none of them is held up for long; disjoint pairs run together.
     While requests run, the two workers of a copy rest after it for as long as it took: steps get their memory. Workers
-    on GPUs take some at a time and do not rest: a copy takes none of what their steps need, and most of it is waiting.
+    on GPUs send bundles of experts, some bundles at a time, and do not rest: a copy takes little of what their steps
+    need, and most of it is waiting.
 
     A newer `copy` supersedes an older one, which stops before its next expert.
     """
@@ -66,7 +66,9 @@ class Migrator:
         """When the next copy may begin."""
         self._generation = 0
         self._rests = not on_gpus
-        self._at_once = AT_ONCE_ON_GPUS if on_gpus else 1
+        self._at_once = bundles_at_once(expert_bytes) if on_gpus else 1
+        self._bundle = max(1, BUNDLE_BYTES // expert_bytes) if on_gpus else 1
+        """Experts that go together."""
         self._busy: Counter[WorkerId] = Counter()
         """Copies that each worker takes part in."""
         self._freed = asyncio.Event()
@@ -92,7 +94,7 @@ class Migrator:
         queues: dict[tuple[WorkerId, WorkerId], deque[Move]] = {}
         for move in moves:
             queues.setdefault((move.source, move.target), deque()).append(move)
-        running: dict[asyncio.Task[str | None], Move] = {}
+        running: dict[asyncio.Task[str | None], list[Move]] = {}
         done: list[Move] = []
         failed = False
         error: str | None = None
@@ -117,10 +119,10 @@ class Migrator:
             timeout_s = pause_s if pause_s > 0 else None
             finished, _ = await asyncio.wait(running, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             for task in finished:
-                move = running.pop(task)
+                bundle = running.pop(task)
                 reason = task.result()
                 if reason is None:
-                    done.append(move)
+                    done += bundle
                 elif not failed:
                     failed, error = True, reason
         return MigrationReport(
@@ -134,7 +136,7 @@ class Migrator:
         self,
         queues: Mapping[tuple[WorkerId, WorkerId], deque[Move]],
         workers: Workers,
-        running: dict[asyncio.Task[str | None], Move],
+        running: dict[asyncio.Task[str | None], list[Move]],
         interval_s: float,
         now: float,
         *,
@@ -145,26 +147,28 @@ class Migrator:
             while queue and max(self._busy[source], self._busy[target]) < self._at_once:
                 if interval_s and now < self._next_at:
                     return
+                bundle = [queue.popleft() for _ in range(min(self._bundle, len(queue)))]
                 if interval_s:
-                    self._next_at = now + interval_s
-                move = queue.popleft()
+                    self._next_at = now + len(bundle) * interval_s
                 self._busy.update((source, target))
-                copying = self._copy_one(move, workers[source], workers[target], rest=rest)
-                running[asyncio.ensure_future(copying)] = move
+                copying = self._copy(bundle, workers[source], workers[target], rest=rest)
+                running[asyncio.ensure_future(copying)] = bundle
 
-    async def _copy_one(
-        self, move: Move, source: Remote[WorkerActor], target: Remote[WorkerActor], *, rest: bool
+    async def _copy(
+        self, bundle: Sequence[Move], source: Remote[WorkerActor], target: Remote[WorkerActor], *, rest: bool
     ) -> str | None:
-        """Returns None, or the reason of the failure."""
-        begun = time.monotonic()
+        """Copy experts from one worker to another. Returns None, or the reason of the failure."""
+        begun, first = time.monotonic(), bundle[0]
         try:
-            copy = ask(source, WorkerActor.export_expert, move.layer, move.expert)
-            await within(forward(target, WorkerActor.import_expert, copy), COPY_TIMEOUT_S)
+            copies = ask(source, WorkerActor.export_experts, [(move.layer, move.expert) for move in bundle])
+            await within(forward(target, WorkerActor.import_experts, copies), COPY_TIMEOUT_S)
             if rest:
                 await asyncio.sleep(min(time.monotonic() - begun, LONGEST_REST_S))
         except CALL_ERRORS as error:
-            return f"layer {move.layer} expert {move.expert} from {move.source} to {move.target}: {one_line(error)}"
+            others = f" and {counted(len(bundle) - 1, 'other')}" if len(bundle) > 1 else ""
+            what = f"layer {first.layer} expert {first.expert}{others} from {first.source} to {first.target}"
+            return f"{what}: {one_line(error)}"
         finally:
-            self._busy.subtract((move.source, move.target))
+            self._busy.subtract((first.source, first.target))
             self._freed.set()
         return None

@@ -164,14 +164,14 @@ class WorkerActor:
         self._ready.abandon(epoch)
 
     @in_group("copies")
-    def export_expert(self, layer: int, expert: int) -> ExpertCopy:
+    def export_experts(self, pairs: list[tuple[int, int]]) -> list[ExpertCopy]:
         _give_way()
-        return self._ready.export_expert(layer, expert)
+        return self._ready.export_experts(pairs)
 
     @in_group("copies")
-    def import_expert(self, copy: ExpertCopy) -> None:
+    def import_experts(self, copies: list[ExpertCopy]) -> None:
         _give_way()
-        self._ready.import_expert(copy)
+        self._ready.import_experts(copies)
 
     @in_group("io")
     def read_experts(self, pairs: list[tuple[int, int]]) -> None:

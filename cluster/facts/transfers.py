@@ -13,6 +13,18 @@ from elastic_moe.cluster.facts.events import ExpertKey
 from elastic_moe.cluster.facts.membership import BoolArray, entries, needs
 from elastic_moe.cluster.placement import Move, Placement, WorkerId
 
+BUNDLE_BYTES = 64 << 20
+"""Experts that workers on GPUs send one another together take at most this, or are one. What a bundle waits for, two
+calls and the device at either end, takes as long as some tens of megabytes."""
+AT_ONCE_ON_GPUS = 3
+"""Bundles that a worker on a GPU takes part in at a time: most of a bundle's time is waiting."""
+
+
+def bundles_at_once(nbytes: int) -> int:
+    """How many of so many bytes a worker on a GPU takes part in at a time. Experts that are larger than a bundle go one
+    by one: every bundle under way takes twice its bytes of a GPU."""
+    return AT_ONCE_ON_GPUS if nbytes <= BUNDLE_BYTES else 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfers:

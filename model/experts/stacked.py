@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.unpacking import Packing, active_slots
 from elastic_moe.model.native.experts import find_gate
-from elastic_moe.model.staging import beside_steps, recorded, to_device
+from elastic_moe.model.staging import beside_steps, passed, recorded, to_device
 from elastic_moe.model.torch_private import copy_all
 from elastic_moe.model.transformers_private import apply_gate
 
@@ -89,6 +89,8 @@ class StackedExperts:
         """Those that the last flip has copied into slots."""
         self._filled: torch.cuda.Event | None = None
         """When the slots have what was last written."""
+        self._reads: list[torch.cuda.Event] = []
+        """When those are done that other streams have begun."""
 
     def reserve(self, count: int) -> None:
         with self._lock:
@@ -115,17 +117,20 @@ class StackedExperts:
 
     def get(self, expert: int) -> Tensors:
         with self._lock:
-            if expert in self._beside:
-                return self._beside[expert]
-            if expert not in self._slots.experts:
+            held = next(iter((self._beside.get(expert) or self._slots.stacks).values()), None)
+        device = torch.device("cpu") if held is None else held.device
+        with beside_steps(device), read_together([self], [(0, expert)]) as found:
+            if not found:
                 raise KeyError(expert)
-            slot, stacks = self._slots.experts.index(expert), self._slots.stacks
-            # tensors are copied, since the slot may get another expert before they are read. Until the copy is done,
-            # the lock keeps the steps' thread from writing the slot
-            with beside_steps(next(iter(stacks.values())).device):
-                if self._filled is not None:
-                    self._filled.wait()
-                return {name: stack[slot].clone() for name, stack in stacks.items()}
+            return {name: tensor.clone() for name, tensor in found[0, expert].items()}
+
+    def _tensors_of(self, expert: int) -> Tensors | None:
+        if expert in self._beside:
+            return self._beside[expert]
+        if expert not in self._slots.experts:
+            return None
+        slot = self._slots.experts.index(expert)
+        return {name: stack[slot] for name, stack in self._slots.stacks.items()}
 
     def held(self) -> frozenset[int]:
         with self._lock:
@@ -170,7 +175,7 @@ class StackedExperts:
 
     def _written(self, filling: _Filling, table: Tensor, number: Tensor, filled: torch.cuda.Event | None) -> None:
         old, size = self._slots, len(filling.experts)
-        self._filled = filled
+        self._filled, self._reads = filled, []
         if old.stacks and len(old.number_S) == size:
             table, number = old.slot_X.copy_(table), old.number_S
         self._slots = Slots(stacks=filling.stacks, experts=filling.experts, slot_X=table, number_S=number)
@@ -252,10 +257,12 @@ class _Filling:
         filled, size = list(experts), len(experts)
         targets: list[Tensor] = []
         sources: list[Tensor] = []
+        # the views of all slots at once, where there are many to write
+        views = {name: stack.unbind() if len(new) > 1 else stack for name, stack in stacks.items()}
         for expert, tensors in new.items():
             slot = filled.index(_FREE)
             filled[slot] = expert
-            targets += [stacks[name][slot] for name in tensors]
+            targets += [views[name][slot] for name in tensors]
             sources += tensors.values()
         slot_X = np.full(layer.num_experts + 1, size, dtype=np.int64)
         for slot, expert in enumerate(filled):
@@ -268,6 +275,8 @@ def _write(fillings: Sequence[_Filling]) -> None:
     """Launch the copies of all layers together, and send all tables at once."""
     if not fillings:
         return
+    for read in {read for filling in fillings for read in filling.layer._reads}:
+        read.wait()
     stacks = [stack for filling in fillings for stack in filling.stacks.values()]
     device = stacks[0].device if stacks else torch.device("cpu")
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
@@ -284,6 +293,28 @@ def _write(fillings: Sequence[_Filling]) -> None:
     filled = recorded() if device.type == "cuda" else None
     for filling, table, number in zip(fillings, tables[::2], tables[1::2], strict=True):
         filling.layer._written(filling, table, number, filled)
+
+
+@contextmanager
+def read_together(
+    layers: Sequence[StackedExperts], pairs: Sequence[tuple[int, int]]
+) -> Iterator[dict[tuple[int, int], Tensors]]:
+    """Those of the experts, given as (layer, expert), that are held. Within the block, what is launched on the present
+    stream may read their tensors: flips wait for it, on the device. The caller keeps the tensors until it has waited
+    for the stream."""
+    with ExitStack() as locks:
+        taken = [layers[number] for number in sorted({number for number, _ in pairs})]
+        for layer in taken:
+            locks.enter_context(layer._lock)
+        for filled in {layer._filled for layer in taken if layer._filled is not None}:
+            filled.wait()
+        held = {pair: layers[pair[0]]._tensors_of(pair[1]) for pair in pairs}
+        found = {pair: tensors for pair, tensors in held.items() if tensors is not None}
+        yield found
+        if any(tensor.is_cuda for tensors in found.values() for tensor in tensors.values()):
+            read = recorded()
+            for layer in taken:
+                layer._reads = [*(event for event in layer._reads if not passed(event)), read]
 
 
 def keep_together(layers: Sequence[StackedExperts], wanted: Sequence[Set[int]]) -> None:

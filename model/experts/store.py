@@ -9,13 +9,14 @@ Legend: R rows (tokens sent to this worker), H hidden, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from elastic_moe.model.experts.cpu import CpuExperts
 from elastic_moe.model.experts.interface import LayerExperts, SlottedExperts, Tensors
-from elastic_moe.model.experts.stacked import StackedExperts, keep_together
+from elastic_moe.model.experts.stacked import StackedExperts, keep_together, read_together
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
 from elastic_moe.model.native.layers import JointExperts
 from elastic_moe.model.transformers_private import ALL_EXPERTS_FUNCTIONS
@@ -90,6 +91,13 @@ class ExpertStore:
     def get(self, layer: int, expert: int) -> Tensors:
         """The expert's tensors, which another store's `put` accepts. Raises KeyError if the expert is not held."""
         return self._layers[layer].get(expert)
+
+    def reading(self, pairs: Sequence[tuple[int, int]]) -> AbstractContextManager[dict[tuple[int, int], Tensors]]:
+        """The tensors of those experts, given as (layer, expert), that are held here, for what is launched within the
+        block (read_together)."""
+        if stacked := self._stacked:
+            return read_together(stacked, pairs)
+        return nullcontext({(layer, e): self.get(layer, e) for layer, e in pairs if e in self.held(layer)})
 
     def held(self, layer: int) -> frozenset[int]:
         return self._layers[layer].held()

@@ -1,12 +1,12 @@
 """Experts on their way between two workers of one GPU: they never leave its memory.
 
-The sender exports one piece of device memory with some places. It packs an expert into a free place, and what travels
-between the processes says where it lies (`Parcel`). The receiver maps the memory once, copies the expert into tensors
-of its own, and writes the parcel's number behind the places: the place is free again. A receiver that dies writes
-nothing, so a place is taken back after `LEASE_S`: by then the copy has failed, and a receiver that comes late finds
-another expert, which the digest shows.
+The sender exports one piece of device memory with some places. It gathers a bundle of experts in a free place, and what
+travels between the processes says where it lies (`Parcel`). The receiver maps the memory once, copies the bundle into
+memory of its own, and writes the parcel's number behind the places: the place is free again. A receiver that dies
+writes nothing, so a place is taken back after `LEASE_S`: by then the copy has failed, and a receiver that comes late
+finds other experts, which the digests show.
 
-What is launched here goes to torch's present stream. Whoever packs or unpacks waits for that stream afterwards.
+What is launched here goes to torch's present stream. Whoever gathers or takes waits for that stream afterwards.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from elastic_moe.cluster.facts.transfers import BUNDLE_BYTES, bundles_at_once
 from elastic_moe.cluster.messages.epochs import Parcel
 from elastic_moe.model.shared_gpu.driver import DeviceError
 from elastic_moe.model.shared_gpu.memory import Device
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 LEASE_S = 120.0
 """Twice as long as a copy may take (COPY_TIMEOUT_S in actors/liveness.py)."""
-PLACES = 4
-"""As many as a worker sends at a time."""
 _ALIGNED, _WORD = 256, 8
 
 
@@ -41,55 +40,53 @@ class Outbox:
         self._lock = threading.Lock()
         self._address: int | None = None
         self._handle = b""
+        self._places = 0
         self._place_bytes = 0
         self._number = 0
         self._lent: dict[int, tuple[int, float]] = {}
         """By place: the number of the parcel that lies there, and when it was packed."""
         self._broken = False
 
-    def pack(self, tensors: Sequence[Tensor], now: float | None = None) -> Parcel | None:
-        """Launch copies of the tensors of bytes into a free place. None if there is no place, or none for so much."""
+    def lend(self, nbytes: int, now: float | None = None) -> tuple[Parcel, Tensor] | None:
+        """A free place for so many bytes, and its memory [nbytes], into which the caller lets copies be made. None if
+        there is no place, or none for so much."""
         now = time.monotonic() if now is None else now
-        nbytes = sum(map(_aligned, tensors))
         with self._lock:
             if self._broken:
                 return None
             try:
-                self._device.follow()
+                self._device.attach()
                 if self._address is None:
-                    self._make(nbytes)
-                assert self._address is not None
+                    self._make(max(nbytes, BUNDLE_BYTES))
                 place = self._free_place(now)
-                if place is None or nbytes > self._place_bytes:
-                    return None
-                at = place * self._place_bytes
-                parcel_at = at
-                for tensor in tensors:
-                    if len(tensor):
-                        self._device.copy(self._address + at, tensor)
-                    at += _aligned(tensor)
             except DeviceError as error:
                 # experts pass through the host's memory from now on
                 self._broken = True
                 logger.warning("experts cannot stay on this GPU on their way: %s", error)
                 return None
+            if place is None or nbytes > self._place_bytes:
+                return None
             self._number += 1
             self._lent[place] = self._number, now
-            return Parcel(
+            at = place * self._place_bytes
+            parcel = Parcel(
                 handle=self._handle,
-                offset=parcel_at,
+                offset=at,
                 nbytes=nbytes,
                 number=self._number,
-                word=PLACES * self._place_bytes + place * _WORD,
+                word=self._places * self._place_bytes + place * _WORD,
                 size=self._size,
             )
+            assert self._address is not None
+            return parcel, self._device.view(self._address, self._size)[at : at + nbytes]
 
     @property
     def _size(self) -> int:
-        return PLACES * (self._place_bytes + _WORD)
+        return self._places * (self._place_bytes + _WORD)
 
     def _make(self, place_bytes: int) -> None:
-        self._place_bytes = place_bytes
+        self._places = bundles_at_once(place_bytes)
+        self._place_bytes = -(-place_bytes // _ALIGNED) * _ALIGNED
         address = self._device.allocate(self._size)
         try:
             self._handle = self._device.export(address)
@@ -104,10 +101,10 @@ class Outbox:
         """[places] the numbers of the parcels that have been taken out."""
         assert self._address is not None
         whole = self._device.view(self._address, self._size)
-        return whole[PLACES * self._place_bytes :].view(torch.int64)
+        return whole[self._places * self._place_bytes :].view(torch.int64)
 
     def _free_place(self, now: float) -> int | None:
-        free = [place for place in range(PLACES) if place not in self._lent]
+        free = [place for place in range(self._places) if place not in self._lent]
         if not free:
             taken = self._words().tolist()
             for place, (number, since) in list(self._lent.items()):
@@ -128,19 +125,14 @@ class Arrivals:
         self._closing = False
 
     @contextmanager
-    def taken(self, parcel: Parcel, sizes: Sequence[int]) -> Iterator[list[Tensor]]:
-        """The parcel's tensors of so many bytes, in memory of their own. Raises DeviceError where this GPU has no such
-        memory.
+    def taken(self, parcel: Parcel) -> Iterator[Tensor]:
+        """The parcel's bytes [nbytes], in memory of their own. Raises DeviceError where this GPU has no such memory.
 
         The block must end with a wait for the stream; then the sender may use the parcel's place again.
         """
         whole = self._begin(parcel)
         try:
-            at, found = parcel.offset, []
-            for size in sizes:
-                found.append(whole[at : at + size].clone())
-                at += -(-size // _ALIGNED) * _ALIGNED
-            yield found
+            yield whole[parcel.offset : parcel.offset + parcel.nbytes].clone()
             whole[parcel.word : parcel.word + _WORD].view(torch.int64).fill_(parcel.number)
         finally:
             self._end()
@@ -172,7 +164,3 @@ class Arrivals:
         self._device.attach()
         while self._opened:
             self._device.close(self._opened.popitem()[1])
-
-
-def _aligned(tensor: Tensor) -> int:
-    return -(-len(tensor) // _ALIGNED) * _ALIGNED

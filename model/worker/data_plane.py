@@ -207,13 +207,14 @@ class DataPlane:
         """[L] logical experts in the device beside the cache area."""
         return self._experts.held()
 
-    def export_expert(self, layer: int, expert: int) -> ExpertCopy:
-        """Copy an expert for another worker, from wherever it lies. Raises PlacementError if it lies nowhere here."""
-        return self._experts.export_copy(layer, expert)
+    def export_experts(self, pairs: Sequence[tuple[int, int]]) -> list[ExpertCopy]:
+        """Copy experts, given as (layer, expert), for another worker, from wherever they lie. Raises PlacementError if
+        one lies nowhere here."""
+        return self._experts.export_copies(pairs)
 
-    def import_expert(self, copy: ExpertCopy) -> None:
-        """Hold a copy beside the placement's experts. Raises PlacementError if its digest does not match."""
-        self._experts.import_copy(copy)
+    def import_experts(self, copies: Sequence[ExpertCopy]) -> None:
+        """Hold copies beside the placement's experts. Raises PlacementError if a digest does not match."""
+        self._experts.import_copies(copies)
 
     def read_experts(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Read experts, given as (layer, expert), from the disk and hold them beside the placement's experts."""

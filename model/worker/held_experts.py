@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.facts.transfers import AT_ONCE_ON_GPUS
 from elastic_moe.cluster.messages.epochs import ExpertCopy, TierCounts, WorkerSpec
 from elastic_moe.cluster.placement import EMPTY, Placement, Tier
 from elastic_moe.model.exchange.dealing import loose_experts
@@ -25,7 +26,15 @@ from elastic_moe.model.staging import beside_steps
 from elastic_moe.model.tiers.disk import default_directory
 from elastic_moe.model.tiers.rates import HostRates
 from elastic_moe.model.tiers.tiers import Tiers
-from elastic_moe.model.worker.expert_sources import CheckpointExperts, SharedGpu, from_copy, to_copy
+from elastic_moe.model.worker.expert_sources import (
+    CheckpointExperts,
+    SharedGpu,
+    from_copies,
+    from_copy,
+    pin_ahead,
+    to_copies,
+    to_copy,
+)
 
 
 class HeldExperts:
@@ -65,6 +74,9 @@ class HeldExperts:
         """Made for the first group that shares this worker's GPU, since its memory is kept."""
         self.shared: SharedGpu | None = None
         """The same while such a group is in force."""
+        if self._device.type == "cuda" and spec.gpu_workers == 1:
+            # copies go through the host's memory, to workers of other GPUs
+            pin_ahead(AT_ONCE_ON_GPUS)
 
     def held(self) -> tuple[tuple[int, ...], ...]:
         """[L] logical experts in the device beside the cache area."""
@@ -202,24 +214,38 @@ class HeldExperts:
 
     # --- Experts that come and go -------------------------------------------------------------------------------
 
-    def export_copy(self, layer: int, expert: int) -> ExpertCopy:
-        """Copy an expert for another worker, from wherever it lies. Raises PlacementError if it lies nowhere here."""
+    def export_copies(self, pairs: Sequence[tuple[int, int]]) -> list[ExpertCopy]:
+        """Copy experts, given as (layer, expert), for another worker, from wherever they lie. Raises PlacementError if
+        one lies nowhere here."""
+        copies: dict[tuple[int, int], ExpertCopy] = {}
+        if self._by_device:
+            reading = self._store.reading(pairs)
+            copies = {(copy.layer, copy.expert): copy for copy in to_copies(reading, self._device, self.shared)}
+        return [copies[pair] if pair in copies else self._copy_from_host(*pair) for pair in pairs]
+
+    def _copy_from_host(self, layer: int, expert: int) -> ExpertCopy:
         try:
             tensors = self._store.get(layer, expert)
         except KeyError:
             if self.tiers is None or not self.tiers.serves(layer, expert):
                 raise PlacementError(f"{self._spec.worker} does not hold expert {expert} of layer {layer}") from None
             tensors = self.tiers.read(layer, expert)
-        return to_copy(layer, expert, tensors, self.shared)
+        return to_copy(layer, expert, {name: tensor.cpu() for name, tensor in tensors.items()})
 
-    def import_copy(self, copy: ExpertCopy) -> None:
-        """Hold a copy beside the placement's experts. Raises PlacementError if its digest does not match."""
+    @property
+    def _by_device(self) -> bool:
+        """Whether copies are gathered and checked by a GPU, or by what stands for one."""
+        return self._device.type == "cuda" or self.shared is not None
+
+    def import_copies(self, copies: Sequence[ExpertCopy]) -> None:
+        """Hold copies beside the placement's experts. Raises PlacementError if a digest does not match."""
         self._store.release()
         self.tidy(wait=True)
-        tensors = from_copy(copy, self._device, self.shared)
-        if self.tiers is not None and copy.expert in self._store.held(copy.layer):
-            return  # a step may compute it now
-        self._store.put(copy.layer, copy.expert, tensors, borrowed=self._device.type == "cpu")
+        arrived = from_copies(copies, self._device, self.shared) if self._by_device else map(from_copy, copies)
+        for copy, tensors in zip(copies, arrived, strict=True):
+            if self.tiers is not None and copy.expert in self._store.held(copy.layer):
+                continue  # a step may compute it now
+            self._store.put(copy.layer, copy.expert, tensors, borrowed=self._device.type == "cpu")
         self._note_held()
 
     def read(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -14,6 +14,7 @@ import torch
 from elastic_moe.cluster.errors import UserError
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.facts.tiering import pins_of
+from elastic_moe.cluster.facts.transfers import BUNDLE_BYTES, bundles_at_once
 from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerSpec
 from elastic_moe.cluster.placement import EMPTY
@@ -132,7 +133,13 @@ class WorkerMemory:
         # what trials and loading have freed is torch's until then, and free to nobody
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        return min(free, total // self.spec.gpu_workers - torch.cuda.memory_reserved()) - self._unpacking_bytes()
+        own = min(free, total // self.spec.gpu_workers - torch.cuda.memory_reserved())
+        return own - self._unpacking_bytes() - self._bundle_bytes()
+
+    def _bundle_bytes(self) -> int:
+        """Bytes of a GPU in which experts on their way to and from other workers are gathered and added up."""
+        expert_bytes = self.expert_bytes
+        return 2 * bundles_at_once(expert_bytes) * max(BUNDLE_BYTES, expert_bytes)
 
     def _unpacking_bytes(self) -> int:
         """Bytes of a step in which a layer's packed experts are unpacked on a GPU."""

@@ -120,17 +120,19 @@ class FakeWorker:
         self._prepared.pop(epoch, None)
 
     @in_group("copies")
-    def export_expert(self, layer: int, expert: int) -> ExpertCopy:
-        self._delay("export_expert")
-        if (layer, expert) not in self._held:
-            raise PlacementError(f"{self._id} does not hold expert {expert} of layer {layer}")
-        return ExpertCopy(layer=layer, expert=expert, tensors={"w": np.zeros(8, np.uint8)}, digest="d", shapes={})
+    def export_experts(self, pairs: list[tuple[int, int]]) -> list[ExpertCopy]:
+        self._delay("export_experts")
+        for layer, expert in pairs:
+            if (layer, expert) not in self._held:
+                raise PlacementError(f"{self._id} does not hold expert {expert} of layer {layer}")
+        raw = {"w": np.zeros(8, np.uint8)}
+        return [ExpertCopy(layer=layer, expert=expert, tensors=raw, digest="d", shapes={}) for layer, expert in pairs]
 
     @in_group("copies")
-    def import_expert(self, copy: ExpertCopy) -> None:
+    def import_experts(self, copies: list[ExpertCopy]) -> None:
         if (self._dir / "damage-copies").exists():
             raise PlacementError("arrived damaged")
-        self._held.add((copy.layer, copy.expert))
+        self._held.update((copy.layer, copy.expert) for copy in copies)
 
     @in_group("io")
     def read_experts(self, pairs: list[tuple[int, int]]) -> None:

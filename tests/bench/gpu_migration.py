@@ -4,9 +4,9 @@
 
 One worker answers so many streams with all experts of the checkpoint (a random Qwen3-MoE of 0.8 GB a layer, if none is
 given). Meanwhile half of its experts are copied to a second set of stacks on the same GPU, as to another worker:
-export, a copy through /dev/shm in the place of Ray's store, and import, by as many threads as a worker uses. Then the
-second set flips, between two steps, from its half to the experts that have come. In a server the two ends are two
-processes, so that they have an interpreter each, and every copy waits for two calls of Ray's besides.
+export, a copy through /dev/shm in the place of Ray's store, and import, in bundles, by as many threads as a worker
+uses. Then the second set flips, between two steps, from its half to the experts that have come. In a server the two ends are two
+processes, so that they have an interpreter each, and every bundle waits for two calls of Ray's besides.
 
 Two more processes then send one another experts that stay on the GPU, as workers do that share one.
 
@@ -33,15 +33,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from elastic_moe.actors.coordinator.migrator import AT_ONCE_ON_GPUS
 from elastic_moe.actors.worker.worker_actor import SWITCH_S
+from elastic_moe.cluster.facts.transfers import BUNDLE_BYTES, bundles_at_once
 from elastic_moe.cluster.messages.epochs import ExpertCopy
 from elastic_moe.model.checkpoints.checkpoint import open_checkpoint
 from elastic_moe.model.checkpoints.loading import expert_modules
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
 from elastic_moe.model.worker.data_plane import DataPlane
-from elastic_moe.model.worker.expert_sources import from_copy
+from elastic_moe.model.worker.expert_sources import from_copies, from_copy
 from tests.bench.gpu_parcels import Parcels, measure_parcels
 from tests.bench.machine import where_and_when
 from tests.bench.report import markdown
@@ -72,9 +72,11 @@ class Copied:
     """A run of copies."""
 
     at_once: int
+    bundle: int
+    """Experts of a bundle."""
     bytes_per_s: float
     export_s: float
-    """Of one expert, as `store_s` and `import_s`, while the others run."""
+    """Of one bundle, as `store_s` and `import_s`, while the others run."""
     store_s: float
     import_s: float
     steps_s: Sequence[float]
@@ -117,8 +119,9 @@ class Bench:
         self.first = [frozenset(range(experts // 2))] * layers
         self.then = [frozenset(range(experts // 2, experts))] * layers
         self.peer.reserve([experts // 2] * layers)
-        for layer, expert in self._pairs(self.first):
-            self._bring(layer, expert)
+        pairs = self._pairs(self.first)
+        for at in range(0, len(pairs), self.bundle):
+            self._bring(pairs[at : at + self.bundle])
         self.peer.keep_only(self.first)
         for n in range(streams):
             prompt = [(7 * n + i) % 250 + 3 for i in range(128)]
@@ -136,7 +139,11 @@ class Bench:
 
     @property
     def expert_bytes(self) -> int:
-        return self.worker.export_expert(0, 0).nbytes
+        return self.worker.export_experts([(0, 0)])[0].nbytes
+
+    @property
+    def bundle(self) -> int:
+        return max(1, BUNDLE_BYTES // self.expert_bytes)
 
     def step(self) -> float:
         """Seconds of one step."""
@@ -146,23 +153,27 @@ class Bench:
 
     # --- Copies -------------------------------------------------------------------------------------------------
 
-    def _bring(self, layer: int, expert: int) -> tuple[float, float, float]:
-        """Copy an expert as a worker and its peer do. Seconds of the three parts."""
+    def _bring(self, pairs: Pairs) -> tuple[float, float, float]:
+        """Copy experts as a worker and its peer do. Seconds of the three parts."""
         times = [time.perf_counter()]
-        copy = self.worker.export_expert(layer, expert)
+        copies = self.worker.export_experts(pairs)
         times.append(time.perf_counter())
-        arrived = self.store.carry(copy)
+        arrived = self.store.carry(copies)
         times.append(time.perf_counter())
-        tensors = from_copy(arrived, self.device)
-        self.peer.put(layer, expert, tensors, borrowed=self.device.type == "cpu")
+        on_gpu = self.device.type == "cuda"
+        found = from_copies(arrived, self.device) if on_gpu else [from_copy(copy) for copy in arrived]
+        for pair, tensors in zip(pairs, found, strict=True):
+            self.peer.put(*pair, tensors, borrowed=not on_gpu)
         times.append(time.perf_counter())
         return times[1] - times[0], times[2] - times[1], times[3] - times[2]
 
-    def copy(self, pairs: Pairs, at_once: int) -> Copied:
+    def copy(self, pairs: Pairs, at_once: int, bundle: int) -> Copied:
         steps: list[float] = []
         with ThreadPoolExecutor(at_once) as pool:
             begin = time.perf_counter()
-            running: list[Future[tuple[float, float, float]]] = [pool.submit(self._bring, *pair) for pair in pairs]
+            running: list[Future[tuple[float, float, float]]] = [
+                pool.submit(self._bring, pairs[at : at + bundle]) for at in range(0, len(pairs), bundle)
+            ]
             while not all(future.done() for future in running):
                 steps.append(self.step())
             wait(running)
@@ -170,6 +181,7 @@ class Bench:
         parts = [statistics.mean(part) for part in zip(*(future.result() for future in running), strict=True)]
         return Copied(
             at_once=at_once,
+            bundle=bundle,
             bytes_per_s=len(pairs) * self.expert_bytes / took_s,
             export_s=parts[0],
             store_s=parts[1],
@@ -205,32 +217,37 @@ class Bench:
         usual = [self.step() for _ in range(USUAL_STEPS)]
         pairs = self._pairs(self.then)
         found = []
-        for at_once in (1, AT_ONCE_ON_GPUS):
-            found.append(self.copy(pairs, at_once))
-            if at_once == 1:
+        at_once = bundles_at_once(self.expert_bytes)
+        for number, (threads, bundle) in enumerate(((1, 1), (1, self.bundle), (at_once, self.bundle))):
+            if number:
                 # forget them again
                 self.peer.keep_only(self.first)
                 self.peer.release()
+            found.append(self.copy(pairs, threads, bundle))
         return usual, found, self.flip(self.then)
 
 
 class Store(threading.local):
-    """Memory of /dev/shm for one copy of each thread, which is used again, as Ray's store does."""
+    """Memory of /dev/shm for one bundle of each thread, which is used again, as Ray's store does."""
 
     memory: mmap.mmap | None = None
 
-    def carry(self, copy: ExpertCopy) -> ExpertCopy:
-        """The copy, its bytes where another process could map them. It is valid until the next."""
-        if self.memory is None:
+    def carry(self, copies: Sequence[ExpertCopy]) -> list[ExpertCopy]:
+        """The copies, their bytes where another process could map them. They are valid until the next call."""
+        nbytes = sum(copy.nbytes for copy in copies)
+        if self.memory is None or len(self.memory) < nbytes:
             with tempfile.TemporaryFile(dir="/dev/shm") as file:
-                file.truncate(copy.nbytes)
-                self.memory = mmap.mmap(file.fileno(), copy.nbytes)
-        whole, at, tensors = np.frombuffer(self.memory, np.uint8), 0, {}
-        for name, raw in copy.tensors.items():
-            tensors[name] = whole[at : at + len(raw)]
-            tensors[name][:] = raw
-            at += len(raw)
-        return replace(copy, tensors=tensors)
+                file.truncate(nbytes)
+                self.memory = mmap.mmap(file.fileno(), nbytes)
+        whole, at, carried = np.frombuffer(self.memory, np.uint8), 0, []
+        for copy in copies:
+            tensors = {}
+            for name, raw in copy.tensors.items():
+                tensors[name] = whole[at : at + len(raw)]
+                tensors[name][:] = raw
+                at += len(raw)
+            carried.append(replace(copy, tensors=tensors))
+        return carried
 
 
 def ceilings(device: torch.device, nbytes: int) -> Ceilings:
@@ -269,14 +286,14 @@ def report(
         ["from pinned memory", *_cells(top.to_device, ceiling)],
         ["on the device", *_cells(top.on_device, ceiling)],
         ["by one core of the host", *_cells(top.by_core, ceiling)],
-        *([f"experts, {c.at_once} at a time", *_cells(c.bytes_per_s, ceiling)] for c in copies),
+        *([_name(c), *_cells(c.bytes_per_s, ceiling)] for c in copies),
         *([[ON_GPU, *_cells(parcels.bytes_per_s, ceiling)]] if parcels is not None else []),
     ]
-    parts = [[str(c.at_once), *(f"{1e3 * s:.4g}" for s in (c.export_s, c.store_s, c.import_s))] for c in copies]
+    parts = [[_name(c), *(f"{1e3 * s:.4g}" for s in (c.export_s, c.store_s, c.import_s))] for c in copies]
     if parcels is not None:
         parts.append([ON_GPU, *(f"{1e3 * s:.4g}" for s in (parcels.export_s, 0.0, parcels.import_s))])
     steps = [_steps("usual", usual, usual_s)]
-    steps += [_steps(f"{c.at_once} copies at a time", c.steps_s, usual_s) for c in copies if c.steps_s]
+    steps += [_steps(_name(c), c.steps_s, usual_s) for c in copies if c.steps_s]
     steps.append(_steps(f"a flip of {flip.experts} experts before it", [flip.step_s], usual_s))
     share = copies[-1].bytes_per_s / ceiling
     longest = max([flip.step_s, *copies[-1].steps_s]) / usual_s
@@ -289,11 +306,15 @@ def report(
     return "\n\n".join(
         [
             markdown((f"copies of {nbytes / 1e6:.1f} MB", "MB/s", "of the ceiling"), rates),
-            markdown(("at a time", "export, ms", "store, ms", "import, ms"), parts),
+            markdown(("a bundle", "export, ms", "store, ms", "import, ms"), parts),
             markdown(("steps", "median, ms", "99 %", "longest", "of the usual"), steps),
             *verdict,
         ]
     )
+
+
+def _name(copied: Copied) -> str:
+    return f"bundles of {copied.bundle}, {copied.at_once} at a time"
 
 
 def _cells(rate: float, ceiling: float) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from elastic_moe.cluster.facts.transfers import AT_ONCE_ON_GPUS
 from tests.bench import gpu_migration
-from tests.bench.gpu_migration import AT_ONCE_ON_GPUS, ON_GPU, Bench, Store, ceilings, checkpoint, measure, report
+from tests.bench.gpu_migration import ON_GPU, Bench, Store, ceilings, checkpoint, measure, report
 from tests.model import pretended_cuda
 from tests.model.pretended_tensors import OnDevice, entered
 
@@ -24,7 +25,8 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_migration, "WARM_STEPS", 2)
     text = measure(None, "cpu", 2, 2)
     found = rows(text)
-    for name in ("to pinned memory", "by one core of the host", f"experts, {AT_ONCE_ON_GPUS} at a time", ON_GPU):
+    [bundled] = [name for name in found if name.endswith(f", {AT_ONCE_ON_GPUS} at a time")]
+    for name in ("to pinned memory", "by one core of the host", "bundles of 1, 1 at a time", bundled, ON_GPU):
         assert float(found[name][0]) > 0
     assert float(found["a flip of 8 experts before it"][0]) > 0
     share, longest = re.search(r"(\d+)% of the copy rate .* step ([\d.]+) times", text).groups()  # type: ignore[union-attr]
@@ -40,6 +42,7 @@ def test_copies_and_a_flip_on_a_device(tmp_path: Path, monkeypatch: pytest.Monke
     pretended_cuda.pretend(monkeypatch)
     monkeypatch.setattr(gpu_migration, "ThreadPoolExecutor", pretended_cuda.Threads)
     monkeypatch.setattr(gpu_migration, "MOST_TOKENS", 300)
+    monkeypatch.setattr(Bench, "bundle", 5)
     monkeypatch.setattr(gpu_migration, "KV_BYTES", 4 << 20)
     with entered():
         bench = Bench(path, "cuda", 2)
@@ -52,5 +55,5 @@ def test_copies_and_a_flip_on_a_device(tmp_path: Path, monkeypatch: pytest.Monke
                     assert isinstance(tensor, OnDevice)
                     assert torch.equal(tensor.near, own[name].near)  # type: ignore[attr-defined]
         text = report(ceilings(bench.device, bench.expert_bytes), bench.expert_bytes, usual, copies, flip, None)
-    assert f"{AT_ONCE_ON_GPUS} copies at a time" in rows(text) or not copies[-1].steps_s
+    assert f"bundles of 5, {AT_ONCE_ON_GPUS} at a time" in rows(text) or not copies[-1].steps_s
     assert Store.memory is None, "each thread has its own"

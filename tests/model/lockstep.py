@@ -30,6 +30,9 @@ from elastic_moe.model.worker.data_plane import DataPlane
 from elastic_moe.model.worker.runner import ModelRunner
 from tests.model.groups import workers as make_workers
 
+BUNDLE = 5
+"""Experts that go together between two workers."""
+
 
 def with_pinned(placement: Placement, pinned: int, hosted: int = 0) -> Placement:
     """The placement with the first `pinned` experts of every worker and layer in its device, the next `hosted` ones in
@@ -200,9 +203,13 @@ class Lockstep:
             self.land()
         held = {worker: needs(self.placement, worker) for worker in self.workers}
         moves = plan_transfers(new, has=held, sources=held).copies
+        bundles: dict[tuple[WorkerId, WorkerId], list[tuple[int, int]]] = {}
         for move in moves:
-            copy = self.workers[move.source].export_expert(move.layer, move.expert)
-            self.workers[move.target].import_expert(copy)
+            bundles.setdefault((move.source, move.target), []).append((move.layer, move.expert))
+        for (source, target), pairs in bundles.items():
+            for at in range(0, len(pairs), BUNDLE):
+                copies = self.workers[source].export_experts(pairs[at : at + BUNDLE])
+                self.workers[target].import_experts(copies)
         self._flip(new)
         return len(moves)
 

@@ -15,21 +15,21 @@ def test_a_copy_is_one_unit_with_its_digest(tmp_path_factory: pytest.TempPathFac
     workers = list(Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4]).workers.values())
     source, target = workers
     expert = min(set(range(8)) - set(target.loaded.store.held(0)))
-    copy = source.export_expert(0, expert)
+    copy = source.export_experts([(0, expert)])[0]
     assert len(copy.tensors) > 1
     for name, raw in copy.tensors.items():
         damaged = raw.copy()
         damaged[len(raw) // 2] ^= 1
         with pytest.raises(PlacementError, match=f"expert {expert} of layer 0 arrived damaged"):
-            target.import_expert(replace(copy, tensors={**copy.tensors, name: damaged}))
+            target.import_experts([replace(copy, tensors={**copy.tensors, name: damaged})])
         assert expert not in target.loaded.store.held(0)
     # tensors of two experts, each whole
-    other = source.export_expert(0, expert + 1)
+    other = source.export_experts([(0, expert + 1)])[0]
     first = next(iter(copy.tensors))
     with pytest.raises(PlacementError, match="damaged"):
-        target.import_expert(replace(copy, tensors={**copy.tensors, first: other.tensors[first]}))
-    target.import_expert(copy)
-    again = target.export_expert(0, expert)
+        target.import_experts([replace(copy, tensors={**copy.tensors, first: other.tensors[first]})])
+    target.import_experts([copy])
+    again = target.export_experts([(0, expert)])[0]
     assert again.digest == copy.digest
     assert set(again.tensors) == set(copy.tensors)
 
@@ -46,12 +46,12 @@ def test_nothing_is_kept_of_the_memory_that_a_copy_came_in(
     cluster = Lockstep(tiny_checkpoint(family, tmp_path_factory), [4, 4], dtype=dtype, expert_dtype=expert_dtype)
     source, target = cluster.workers.values()
     expert = min(set(range(8)) - set(target.loaded.store.held(0)))
-    copy = source.export_expert(0, expert)
+    copy = source.export_experts([(0, expert)])[0]
     arrived = {name: raw.copy() for name, raw in copy.tensors.items()}
-    target.import_expert(replace(copy, tensors=arrived))
+    target.import_experts([replace(copy, tensors=arrived)])
     for raw in arrived.values():
         raw[:] = 255
-    assert target.export_expert(0, expert).digest == copy.digest
+    assert target.export_experts([(0, expert)])[0].digest == copy.digest
 
 
 def test_memory_is_counted_in_experts(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -65,10 +65,10 @@ def test_memory_is_counted_in_experts(tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.skipif(unavailable() is not None, reason=f"no native library: {unavailable()}")
 def test_experts_in_8_bits_travel_as_they_are(tmp_path_factory: pytest.TempPathFactory) -> None:
     cluster = Lockstep(tiny_checkpoint("olmoe", tmp_path_factory), [4, 4], dtype="bfloat16", expert_dtype="int8")
-    before = {w: worker.export_expert(0, 4 * n) for n, (w, worker) in enumerate(cluster.workers.items())}
+    before = {w: worker.export_experts([(0, 4 * n)])[0] for n, (w, worker) in enumerate(cluster.workers.items())}
     tokens = cluster.run([request("a", [5, 6, 7], max_tokens=12)])
     assert cluster.replace(cluster.shuffled(4), [4, 4]) > 0
-    after = [worker.export_expert(0, 4 * (1 - n)) for n, worker in enumerate(cluster.workers.values())]
+    after = [worker.export_experts([(0, 4 * (1 - n))])[0] for n, worker in enumerate(cluster.workers.values())]
     assert [copy.digest for copy in after] == [copy.digest for copy in reversed(before.values())]
     assert after[0].dtypes["down_proj"] == "int8"
     # the same experts on two workers: every layer's sums are of the same parts

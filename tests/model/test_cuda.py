@@ -16,7 +16,7 @@ from elastic_moe.cluster.placement import Placement, Tier, contiguous
 from elastic_moe.model.checkpoints.quiet import quiet_transformers
 from elastic_moe.model.exchange.dispatch import TransportDispatcher
 from elastic_moe.model.exchange.transports import NcclTransport
-from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.experts.stacked import StackedExperts, keep_together, read_together
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.fitting.fit import layer_experts
 from elastic_moe.model.sampling.sampling import sample
@@ -157,6 +157,28 @@ def step_logits(runner: ModelRunner, texts: list[list[int]], cut: int) -> Tensor
             step.append(SequenceSlice(token_ids=text[start:end], start=start, block_ids=blocks, prompt_length=1))
         logits = runner.run(step, [sum(len(piece.token_ids) for piece in step)])
     return logits
+
+
+def test_a_flip_waits_for_copies_that_read_the_slots_it_writes() -> None:
+    module: Any = ToyExperts(4, 8, 8, 0)
+    experts = [{name: torch.full((2, 512, 512), float(n), device="cuda") for name in ("up", "down")} for n in range(4)]
+    layers = [StackedExperts(module) for _ in range(2)]
+    for layer in layers:
+        layer.reserve(2)
+        for number in range(4):
+            layer.put(number, experts[number])
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        with read_together(layers, [(0, 0), (1, 1), (1, 7)]) as found:
+            torch.cuda._sleep(200_000_000)
+            copies = [found[0, 0]["up"].clone(), found[1, 1]["down"].clone()]
+        assert set(found) == {(0, 0), (1, 1)}
+    keep_together(layers, [{2, 3}] * 2)
+    assert not side.query()
+    torch.cuda.synchronize()
+    assert [float(copy.mean()) for copy in copies] == [0.0, 1.0]
+    assert [float(layer.get(3)["up"].mean()) for layer in layers] == [3.0, 3.0]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral"])

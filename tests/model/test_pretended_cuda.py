@@ -142,7 +142,7 @@ def test_a_packed_checkpoint_is_unpacked(family: str, name: str, tmp_path: Path)
     assert tokens == greedy(meant, PROMPTS[2], 4, claimed=tokens)
     [worker] = cluster.workers.values()
     with entered():
-        copy = worker.export_expert(0, 0)
+        copy = worker.export_experts([(0, 0)])[0]
     assert set(copy.dtypes.values()) == {"float32"}
 
 
@@ -201,7 +201,7 @@ def test_packed_experts_stay_packed_and_compute_as_unpacked_ones(
         workers = cluster.workers.values()
         with entered():
             layer, expert = 0, min(next(iter(workers)).loaded.store.held(0))
-            copy = next(iter(workers)).export_expert(layer, expert)
+            copy = next(iter(workers)).export_experts([(layer, expert)])[0]
         found.append(
             (
                 tokens,
@@ -228,7 +228,7 @@ def test_experts_are_rounded_by_the_host(expert_dtype: str, tmp_path: Path) -> N
     cluster = served(path, expert_dtype=expert_dtype)
     [worker] = cluster.workers.values()
     with entered():
-        copy = worker.export_expert(0, 0)
+        copy = worker.export_experts([(0, 0)])[0]
         size = worker.loaded.memory.expert_bytes
     # biases stay as they are
     assert sum(tensor.nbytes for tensor in copy.tensors.values()) == pytest.approx(size, rel=0.02)

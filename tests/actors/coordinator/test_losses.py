@@ -30,7 +30,7 @@ from tests.actors.coordinator.running import (
 without_ray = shared.without_ray
 
 
-@pytest.mark.parametrize("method", ["export_expert", "import_expert", "prepare", "commit"])
+@pytest.mark.parametrize("method", ["export_experts", "import_experts", "prepare", "commit"])
 @pytest.mark.parametrize("victim", [W0, W1])
 def test_a_worker_that_dies_during_a_rebalance(tmp_path: Path, method: str, victim: WorkerId) -> None:
     async def story() -> None:

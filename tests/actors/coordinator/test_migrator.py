@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from elastic_moe.actors.coordinator import migrator as migrator_module
-from elastic_moe.actors.coordinator.migrator import AT_ONCE_ON_GPUS, MigrationReport, Migrator
+from elastic_moe.actors.coordinator.migrator import MigrationReport, Migrator
 from elastic_moe.actors.remote.ask import Remote
+from elastic_moe.cluster.errors import PlacementError
+from elastic_moe.cluster.facts.transfers import AT_ONCE_ON_GPUS, BUNDLE_BYTES
 from elastic_moe.cluster.placement import Move, WorkerId
 from tests.actors.fakes import Handle
 
@@ -23,11 +25,11 @@ class PlainWorker:
     def __init__(self) -> None:
         self.imported: list[object] = []
 
-    def export_expert(self, layer: int, expert: int) -> tuple[int, int]:
-        return layer, expert
+    def export_experts(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return pairs
 
-    def import_expert(self, copy: object) -> None:
-        self.imported.append(copy)
+    def import_experts(self, copies: list[object]) -> None:
+        self.imported += copies
 
 
 def moves(count: int, *, pairs: int = 1) -> list[Move]:
@@ -56,15 +58,42 @@ def test_workers_on_gpus_take_some_at_a_time_and_do_not_rest() -> None:
     class Slow(PlainWorker):
         busy = 0
 
-        async def import_expert(self, copy: object) -> None:
+        async def import_experts(self, copies: list[object]) -> None:
             self.busy += 1
             running.append(self.busy)
             await asyncio.sleep(0.05)
             self.busy -= 1
 
     there = {WorkerId(f"{side}0"): Remote(Handle(Slow())) for side in "st"}
-    assert asyncio.run(Migrator(BYTES, on_gpus=True).copy(moves(3 * AT_ONCE_ON_GPUS), there)).seconds < 0.3
+    migrator = Migrator(BUNDLE_BYTES, on_gpus=True)
+    assert asyncio.run(migrator.copy(moves(3 * AT_ONCE_ON_GPUS), there)).seconds < 0.3
     assert max(running) == AT_ONCE_ON_GPUS
+    assert len(running) == 3 * AT_ONCE_ON_GPUS
+    running.clear()
+    asyncio.run(Migrator(BUNDLE_BYTES + 1, on_gpus=True).copy(moves(3), there))
+    assert running == [1, 1, 1], "larger ones go one by one"
+
+
+def test_workers_on_gpus_send_bundles() -> None:
+    """A limit of bandwidth counts every expert of a bundle; one that fails is named, and nothing is begun after it."""
+    calls: list[int] = []
+
+    class Bundled(PlainWorker):
+        def import_experts(self, copies: list[Any]) -> None:
+            calls.append(len(copies))
+            if (0, 7) in copies:
+                raise PlacementError("expert 7 of layer 0 arrived damaged")
+            super().import_experts(copies)
+
+    there = {WorkerId(f"{side}0"): Remote[Any](Handle(Bundled())) for side in "st"}
+    migrator = Migrator(BUNDLE_BYTES // 3, bytes_per_s=60 * (BUNDLE_BYTES // 3), on_gpus=True)
+    report = asyncio.run(migrator.copy(moves(7), there))
+    assert (len(report.done), report.error) == (7, None)
+    assert calls == [3, 3, 1]
+    assert report.seconds >= 0.1
+    report = asyncio.run(migrator.copy(moves(9), there, True))
+    assert report.error == "layer 0 expert 6 and 2 others from s0 to t0: expert 7 of layer 0 arrived damaged"
+    assert len(report.done) < 9
 
 
 def test_all_copies_together_keep_to_the_bandwidth() -> None:
@@ -79,9 +108,9 @@ def test_workers_rest_between_copies_while_requests_run() -> None:
     """Three copies of 50 ms each, and as long a rest after each; none where it is urgent."""
 
     class Slow(PlainWorker):
-        def import_expert(self, copy: object) -> None:
+        def import_experts(self, copies: list[object]) -> None:
             time.sleep(0.05)
-            super().import_expert(copy)
+            super().import_experts(copies)
 
     there = {WorkerId("s0"): Remote[Any](Handle(PlainWorker())), WorkerId("t0"): Remote[Any](Handle(Slow()))}
     assert asyncio.run(Migrator(BYTES).copy(moves(3), there)).seconds >= 0.3

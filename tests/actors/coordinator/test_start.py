@@ -79,7 +79,7 @@ def serving(coordinator: Any) -> list[WorkerView]:
     return [worker for worker in ask(coordinator, "workers") if worker.state == "serving"]
 
 
-@pytest.mark.parametrize("slow", ["export_expert", "prepare"])
+@pytest.mark.parametrize("slow", ["export_experts", "prepare"])
 def test_kill_9_while_a_placement_changes(coordinator: Any, tmp_path: Path, slow: str) -> None:
     config = ServeConfig()
     found = start_cluster(config, "elsewhere", FakeRayFleet(config))
@@ -88,7 +88,7 @@ def test_kill_9_while_a_placement_changes(coordinator: Any, tmp_path: Path, slow
     wait_until(lambda: ask(coordinator, "routing").tokens)
     (tmp_path / f"slow-{slow}").touch()
     operation: Operation = ask(coordinator, "rebalance", "greedy")
-    stage = "transferring" if slow == "export_expert" else "preparing"
+    stage = "transferring" if slow == "export_experts" else "preparing"
     time.sleep(0.7)
     assert ask(coordinator, "operation", operation.operation_id).phase is Phase.PREPARING, stage
     victim = serving(coordinator)[0]

@@ -105,9 +105,9 @@ def test_kept_experts_are_computed(name: str, plain: Path, tmp_path: Path, lib: 
     assert store.nbytes == pytest.approx(4 * served.expert_bytes, rel=0.3)  # their groups are not whole
     assert store.nbytes < 0.7 * 4 * cluster.info.served_in("bfloat16").expert_bytes
     tokens = cluster.run([request("a", prompt, max_tokens=8)])
-    before = [worker.export_expert(0, 2 * n) for n, worker in enumerate(cluster.workers.values())]
+    before = [worker.export_experts([(0, 2 * n)])[0] for n, worker in enumerate(cluster.workers.values())]
     assert cluster.replace(cluster.shuffled(2), slots) > 0
-    after = [worker.export_expert(0, 2 * (1 - n)) for n, worker in enumerate(cluster.workers.values())]
+    after = [worker.export_experts([(0, 2 * (1 - n))])[0] for n, worker in enumerate(cluster.workers.values())]
     assert [copy.digest for copy in after] == [copy.digest for copy in reversed(before)]
     assert cluster.run([request("b", prompt, max_tokens=8)])["b"] == tokens["a"]
     kept, unpacked = (

@@ -168,7 +168,7 @@ def test_the_cache_area_of_an_idle_worker_makes_room_at_once(
     assert before + 6 > worker.capacity
     worker.read_experts([(0, 5), (0, 6), (1, 6), (1, 7), (2, 7)])
     assert worker.tier_counts().resident <= worker.capacity
-    worker.import_expert(worker.export_expert(2, 6))
+    worker.import_experts(worker.export_experts([(2, 6)]))
     assert [set(row) for row in worker.held()] == [{0, 5, 6}, {0, 6, 7}, {0, 6, 7}]
     assert worker.tier_counts().resident <= worker.capacity
 

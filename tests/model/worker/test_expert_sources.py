@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,7 @@ from elastic_moe.model.record_layout import PAGE
 from elastic_moe.model.staging import beside_steps
 from elastic_moe.model.tiers.records import column_sums, column_sums_there
 from elastic_moe.model.worker import expert_sources
-from elastic_moe.model.worker.expert_sources import from_copy, to_copy
+from elastic_moe.model.worker.expert_sources import from_copies, from_copy, to_copies, to_copy
 from tests.model import pretended_cuda
 from tests.model.pretended_tensors import DEVICE, OnDevice, entered
 
@@ -37,8 +39,22 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sent(tensors: Tensors, *, far: bool) -> ExpertCopy:
+    [copy] = bundle({(1, 2): tensors}) if far else [to_copy(1, 2, tensors)]
+    return copy
+
+
+def bundle(experts: Mapping[tuple[int, int], Tensors]) -> list[ExpertCopy]:
+    """Sent from the device."""
     with entered():
-        return to_copy(1, 2, {name: OnDevice(t) for name, t in tensors.items()} if far else tensors)
+        there = {pair: {name: OnDevice(t) for name, t in tensors.items()} for pair, tensors in experts.items()}
+        return to_copies(nullcontext(there), DEVICE)
+
+
+def arrived(copies: Sequence[ExpertCopy], device: torch.device) -> list[Tensors]:
+    if device.type == "cpu":
+        return list(map(from_copy, copies))
+    with entered():
+        return from_copies(copies, device)
 
 
 @given(st.integers(0, 5), st.integers(0, 2**32))
@@ -55,9 +71,8 @@ def test_a_copy_is_the_same_from_any_device_to_any() -> None:
     for copy in copies:
         assert set(copy.tensors) == set(tensors)
         for device in (CPU, DEVICE):
-            with entered():
-                arrived = from_copy(copy, device)
-            for name, tensor in arrived.items():
+            [there] = arrived([copy], device)
+            for name, tensor in there.items():
                 assert tensor.device.type == device.type
                 assert torch.equal(tensor.near if isinstance(tensor, OnDevice) else tensor, tensors[name])
 
@@ -69,8 +84,29 @@ def test_a_damaged_copy_is_refused(name: str) -> None:
     damaged = copy.tensors[name].copy()
     damaged[len(damaged) // 2] ^= 1
     for device in (CPU, DEVICE):
-        with entered(), pytest.raises(PlacementError, match="expert 2 of layer 1 arrived damaged"):
-            from_copy(replace(copy, tensors={**copy.tensors, name: damaged}), device)
+        with pytest.raises(PlacementError, match="expert 2 of layer 1 arrived damaged"):
+            arrived([replace(copy, tensors={**copy.tensors, name: damaged})], device)
+        with pytest.raises(PlacementError, match="expert 2 of layer 1 arrived damaged"):
+            arrived([replace(copy, tensors={**copy.tensors, name: copy.tensors[name][:-2]})], device)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_bundle_of_experts_of_several_layers() -> None:
+    """Layers may differ in the shapes of their experts. What is damaged is told, and which expert it is."""
+    small = {name: tensor[:5].contiguous() for name, tensor in expert(9).items()}
+    experts = {(0, 4): expert(1), (3, 0): expert(2), (1, 1): small, (2, 7): expert(3)}
+    copies = bundle(experts)
+    assert {(copy.layer, copy.expert): copy.digest for copy in copies} == {
+        (layer, number): to_copy(layer, number, tensors).digest for (layer, number), tensors in experts.items()
+    }
+    for device in (CPU, DEVICE):
+        for copy, there in zip(copies, arrived(copies, device), strict=True):
+            for name, tensor in there.items():
+                near = tensor.near if isinstance(tensor, OnDevice) else tensor
+                assert torch.equal(near, experts[copy.layer, copy.expert][name])
+    bad = [replace(copies[0], tensors=copies[1].tensors), *copies[1:]]
+    with pytest.raises(PlacementError, match=f"expert {copies[0].expert} of layer {copies[0].layer} arrived damaged"):
+        arrived(bad, DEVICE)
 
 
 @pytest.mark.usefixtures("pretended")
@@ -98,4 +134,4 @@ def test_what_is_damaged_on_its_way_into_a_gpu_is_refused(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(expert_sources, "beside_steps", Damages)
     with entered(), pytest.raises(PlacementError, match="arrived damaged"):
-        from_copy(copy, DEVICE)
+        from_copies([copy], DEVICE)
