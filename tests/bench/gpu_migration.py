@@ -5,8 +5,8 @@
 One worker answers so many streams with all experts of the checkpoint (a random Qwen3-MoE of 0.8 GB a layer, if none is
 given). Meanwhile half of its experts are copied to a second set of stacks on the same GPU, as to another worker:
 export, a copy through /dev/shm in the place of Ray's store, and import, in bundles, by as many threads as a worker
-uses. Then the second set flips, between two steps, from its half to the experts that have come. In a server the two ends are two
-processes, so that they have an interpreter each, and every bundle waits for two calls of Ray's besides.
+uses. Then the second set flips, between two steps, from its half to the experts that have come. In a server the two
+ends are two processes, so that they have an interpreter each, and every bundle waits for two calls of Ray's besides.
 
 Two more processes then send one another experts that stay on the GPU, as workers do that share one.
 
