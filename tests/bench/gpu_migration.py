@@ -213,7 +213,9 @@ class Bench:
         rate = _rate(self.device, self.device, self.expert_bytes)
         return sum(map(len, self.then)) * self.expert_bytes / rate
 
-    def run(self) -> tuple[list[float], list[Copied], Flipped]:
+    def run(self) -> tuple[list[float], list[Copied], list[Flipped]]:
+        """Usual steps, the copies, and flips there, back and there again: the first one is what a device does the first
+        time."""
         usual = [self.step() for _ in range(USUAL_STEPS)]
         pairs = self._pairs(self.then)
         found = []
@@ -224,7 +226,11 @@ class Bench:
                 self.peer.keep_only(self.first)
                 self.peer.release()
             found.append(self.copy(pairs, threads, bundle))
-        return usual, found, self.flip(self.then)
+        flips = [self.flip(self.then)]
+        for wanted in (self.first, self.then):
+            self.copy(self._pairs(wanted), at_once, self.bundle)
+            flips.append(self.flip(wanted))
+        return usual, found, flips
 
 
 class Store(threading.local):
@@ -278,7 +284,7 @@ def _rate(source: torch.device, target: torch.device, nbytes: int) -> float:
 
 
 def report(
-    top: Ceilings, nbytes: int, usual: Sequence[float], copies: Sequence[Copied], flip: Flipped, parcels: Parcels | None
+    top: Ceilings, nbytes: int, usual: Sequence[float], copies: Sequence[Copied], flips: Sequence[Flipped], parcels: Parcels | None
 ) -> str:
     ceiling, usual_s = min(top.to_host, top.to_device), statistics.median(usual)
     rates = [
@@ -294,13 +300,14 @@ def report(
         parts.append([ON_GPU, *(f"{1e3 * s:.4g}" for s in (parcels.export_s, 0.0, parcels.import_s))])
     steps = [_steps("usual", usual, usual_s)]
     steps += [_steps(_name(c), c.steps_s, usual_s) for c in copies if c.steps_s]
-    steps.append(_steps(f"a flip of {flip.experts} experts before it", [flip.step_s], usual_s))
+    flip = flips[-1]
+    steps.append(_steps(f"flips of {flip.experts} experts before them", [f.step_s for f in flips], usual_s))
     share = copies[-1].bytes_per_s / ceiling
     longest = max([flip.step_s, *copies[-1].steps_s]) / usual_s
     verdict = [
         f"{share:.0%} of the copy rate (goal {GOAL_SHARE:.0%}), the longest step {longest:.2f} times the usual one "
         f"(goal {GOAL_STEP:g})",
-        f"the flip: {1e3 * flip.launch_s:.2f} ms of the CPU, {1e3 * flip.device_s:.2f} ms of the device at its copy "
+        f"the last flip: {1e3 * flip.launch_s:.2f} ms of the CPU, {1e3 * flip.device_s:.2f} ms of the device at its copy "
         f"rate; {1e3 * flip.release_s:.2f} ms to free memory afterwards",
     ]
     return "\n\n".join(
@@ -341,13 +348,13 @@ def measure(model: Path | None, device: str, layers: int, streams: int) -> str:
         print(f"served by: {bench.worker.report.summary()}", flush=True)
         nbytes = bench.expert_bytes
         top = ceilings(bench.device, nbytes)
-        usual, copies, flip = bench.run()
+        usual, copies, flips = bench.run()
         try:
             parcels = measure_parcels(device, nbytes)
         except (RuntimeError, TimeoutError) as error:
             print(f"experts do not stay on the GPU: {error}", flush=True)
             parcels = None
-        return report(top, nbytes, usual, copies, flip, parcels)
+        return report(top, nbytes, usual, copies, flips, parcels)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     [bundled] = [name for name in found if name.endswith(f", {AT_ONCE_ON_GPUS} at a time")]
     for name in ("to pinned memory", "by one core of the host", "bundles of 1, 1 at a time", bundled, ON_GPU):
         assert float(found[name][0]) > 0
-    assert float(found["a flip of 8 experts before it"][0]) > 0
+    assert float(found["flips of 8 experts before them"][0]) > 0
     share, longest = re.search(r"(\d+)% of the copy rate .* step ([\d.]+) times", text).groups()  # type: ignore[union-attr]
     assert int(share) < 100
     assert float(longest) > 0
@@ -46,7 +46,7 @@ def test_copies_and_a_flip_on_a_device(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_migration, "KV_BYTES", 4 << 20)
     with entered():
         bench = Bench(path, "cuda", 2)
-        usual, copies, flip = bench.run()
+        usual, copies, flips = bench.run()
         for layer, wanted in enumerate(bench.then):
             assert bench.peer.held(layer) == wanted
             for expert in wanted:
@@ -54,6 +54,6 @@ def test_copies_and_a_flip_on_a_device(tmp_path: Path, monkeypatch: pytest.Monke
                 for name, tensor in theirs.items():
                     assert isinstance(tensor, OnDevice)
                     assert torch.equal(tensor.near, own[name].near)  # type: ignore[attr-defined]
-        text = report(ceilings(bench.device, bench.expert_bytes), bench.expert_bytes, usual, copies, flip, None)
+        text = report(ceilings(bench.device, bench.expert_bytes), bench.expert_bytes, usual, copies, flips, None)
     assert f"bundles of 5, {AT_ONCE_ON_GPUS} at a time" in rows(text) or not copies[-1].steps_s
     assert Store.memory is None, "each thread has its own"
