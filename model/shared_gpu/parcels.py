@@ -132,16 +132,22 @@ class Arrivals:
         """The parcel's tensors of so many bytes, in memory of their own. Raises DeviceError where this GPU has no such
         memory.
 
-        The block must end with a wait for the stream; then the sender may use the parcel's place again.
+        The block must end with a wait for the stream; then the sender may use the parcel's place again. Blocks at its
+        own end until the sender can see that.
         """
         whole = self._begin(parcel)
         try:
-            at, found = parcel.offset, []
-            for size in sizes:
-                found.append(whole[at : at + size].clone())
-                at += -(-size // _ALIGNED) * _ALIGNED
-            yield found
-            whole[parcel.word : parcel.word + _WORD].view(torch.int64).fill_(parcel.number)
+            word = whole[parcel.word : parcel.word + _WORD].view(torch.int64)
+            try:
+                at, found = parcel.offset, []
+                for size in sizes:
+                    found.append(whole[at : at + size].clone())
+                    at += -(-size // _ALIGNED) * _ALIGNED
+                yield found
+                word.fill_(parcel.number)
+            finally:
+                # `_end` may unmap the memory that what was launched above reads and writes: waits for it
+                word.tolist()
         finally:
             self._end()
 
@@ -156,8 +162,9 @@ class Arrivals:
             self._device.attach()
             if parcel.handle not in self._opened:
                 self._opened[parcel.handle] = self._device.open(parcel.handle)
+            whole = self._device.view(self._opened[parcel.handle], parcel.size)
             self._users += 1
-            return self._device.view(self._opened[parcel.handle], parcel.size)
+            return whole
 
     def _end(self) -> None:
         with self._lock:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -17,6 +19,7 @@ from elastic_moe.model.worker.expert_sources import SharedGpu, from_copy, to_cop
 from tests.model.fake_device import FakeDevice
 from tests.model.families import tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
+from tests.model.pretended_tensors import OnDevice, counted_waits, entered
 from tests.model.test_parity import greedy
 
 CPU = torch.device("cpu")
@@ -88,6 +91,44 @@ def test_memory_is_unmapped_when_nothing_is_taken(devices: tuple[FakeDevice, Fak
     assert not devices[1].opened
     take(arrivals, packed(outbox, 1))
     assert devices[1].opened
+
+
+class Streamed(FakeDevice):
+    """Its memory is read and written later than the CPU says, and the CPU waits for that when it reads a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.waited_before_closing = 0
+
+    def view(self, address: int, num_bytes: int) -> Tensor:
+        return OnDevice(super().view(address, num_bytes))
+
+    def close(self, address: int) -> None:
+        self.waited_before_closing = self.waits.total()
+        super().close(address)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_is_unmapped_when_the_gpu_has_read_it(fails: bool) -> None:
+    """A group may begin meanwhile, which closes the memory of the one before."""
+    ours, theirs = FakeDevice(), Streamed()
+    arrivals = Arrivals(theirs)
+    parcel = packed(Outbox(ours), 0)
+    with (
+        entered(),
+        counted_waits() as theirs.waits,
+        pytest.raises(RuntimeError) if fails else nullcontext(),
+        arrivals.taken(parcel, (5000, 33)),
+    ):
+        arrivals.close()
+        assert not theirs.waits, "it is the block's end that waits"
+        if fails:
+            raise RuntimeError("no memory is left")
+    assert not theirs.opened
+    assert theirs.waited_before_closing
+    for address in list(ours.owned):
+        ours.free(address)
 
 
 @pytest.mark.parametrize("refused", ["allocate", "export"])
