@@ -158,7 +158,7 @@ class Migrator:
         """Returns None, or the reason of the failure."""
         begun = time.monotonic()
         try:
-            copy = ask(source, WorkerActor.export_expert, move.layer, move.expert)
+            copy = ask(source, WorkerActor.export_expert, move.layer, move.expert, move.target)
             await within(forward(target, WorkerActor.import_expert, copy), COPY_TIMEOUT_S)
             if rest:
                 await asyncio.sleep(min(time.monotonic() - begun, LONGEST_REST_S))

@@ -207,9 +207,12 @@ class DataPlane:
         """[L] logical experts in the device beside the cache area."""
         return self._experts.held()
 
-    def export_expert(self, layer: int, expert: int) -> ExpertCopy:
-        """Copy an expert for another worker, from wherever it lies. Raises PlacementError if it lies nowhere here."""
-        return self._experts.export_copy(layer, expert)
+    def export_expert(self, layer: int, expert: int, target: WorkerId | None = None) -> ExpertCopy:
+        """Copy an expert for the worker `target`, from wherever it lies; None: for any worker of the epoch in force.
+
+        Raises PlacementError if it lies nowhere here.
+        """
+        return self._experts.export_copy(layer, expert, target)
 
     def import_expert(self, copy: ExpertCopy) -> None:
         """Hold a copy beside the placement's experts. Raises PlacementError if its digest does not match."""

@@ -16,7 +16,7 @@ import torch
 
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.messages.epochs import ExpertCopy, TierCounts, WorkerSpec
-from elastic_moe.cluster.placement import EMPTY, Placement, Tier
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier, WorkerId
 from elastic_moe.model.exchange.dealing import loose_experts
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native.experts import ExpertUnavailable
@@ -202,15 +202,21 @@ class HeldExperts:
 
     # --- Experts that come and go -------------------------------------------------------------------------------
 
-    def export_copy(self, layer: int, expert: int) -> ExpertCopy:
-        """Copy an expert for another worker, from wherever it lies. Raises PlacementError if it lies nowhere here."""
+    def export_copy(self, layer: int, expert: int, target: WorkerId | None = None) -> ExpertCopy:
+        """See DataPlane.export_expert."""
         try:
             tensors = self._store.get(layer, expert)
         except KeyError:
             if self.tiers is None or not self.tiers.serves(layer, expert):
                 raise PlacementError(f"{self._spec.worker} does not hold expert {expert} of layer {layer}") from None
             tensors = self.tiers.read(layer, expert)
-        return to_copy(layer, expert, tensors, self.shared)
+        return to_copy(layer, expert, tensors, self.shared if self._is_member(target) else None)
+
+    def _is_member(self, worker: WorkerId | None) -> bool:
+        """Whether the worker is of the epoch in force. One that is to join has nothing of this one's memory, and may be
+        on another GPU."""
+        placement = self._placement
+        return worker is None or (placement is not None and worker in {each.id for each in placement.workers})
 
     def import_copy(self, copy: ExpertCopy) -> None:
         """Hold a copy beside the placement's experts. Raises PlacementError if its digest does not match."""

@@ -120,7 +120,7 @@ class FakeWorker:
         self._prepared.pop(epoch, None)
 
     @in_group("copies")
-    def export_expert(self, layer: int, expert: int) -> ExpertCopy:
+    def export_expert(self, layer: int, expert: int, target: WorkerId) -> ExpertCopy:
         self._delay("export_expert")
         if (layer, expert) not in self._held:
             raise PlacementError(f"{self._id} does not hold expert {expert} of layer {layer}")

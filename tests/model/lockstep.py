@@ -201,7 +201,7 @@ class Lockstep:
         held = {worker: needs(self.placement, worker) for worker in self.workers}
         moves = plan_transfers(new, has=held, sources=held).copies
         for move in moves:
-            copy = self.workers[move.source].export_expert(move.layer, move.expert)
+            copy = self.workers[move.source].export_expert(move.layer, move.expert, move.target)
             self.workers[move.target].import_expert(copy)
         self._flip(new)
         return len(moves)

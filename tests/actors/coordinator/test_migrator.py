@@ -23,7 +23,8 @@ class PlainWorker:
     def __init__(self) -> None:
         self.imported: list[object] = []
 
-    def export_expert(self, layer: int, expert: int) -> tuple[int, int]:
+    def export_expert(self, layer: int, expert: int, target: WorkerId) -> tuple[int, int]:
+        assert target[0] == "t", "it is for the worker that gets it"
         return layer, expert
 
     def import_expert(self, copy: object) -> None:

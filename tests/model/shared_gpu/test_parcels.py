@@ -14,6 +14,7 @@ from torch import Tensor
 import elastic_moe.model.exchange.join
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.messages.epochs import Parcel
+from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.model.shared_gpu.parcels import LEASE_S, PLACES, Arrivals, Outbox
 from elastic_moe.model.worker.expert_sources import SharedGpu, from_copy, to_copy
 from tests.model.fake_device import FakeDevice
@@ -23,6 +24,7 @@ from tests.model.pretended_tensors import OnDevice, counted_waits, entered
 from tests.model.test_parity import greedy
 
 CPU = torch.device("cpu")
+W0, W1 = WorkerId("w0"), WorkerId("w1")
 
 
 def drawn(seed: int, sizes: tuple[int, ...] = (5000, 33)) -> list[Tensor]:
@@ -172,8 +174,10 @@ def test_workers_of_a_gpu_replace_experts_by_parcels(
     moved = 0
     for step in range(14):
         if step in (3, 7):
-            copy = next(iter(cluster.workers.values())).export_expert(0, cluster.placement.experts_of("w0", 0)[0])  # type: ignore[arg-type]
-            assert copy.parcel is not None
+            expert = cluster.placement.experts_of(W0, 0)[0]
+            assert cluster.workers[W0].export_expert(0, expert, W1).parcel is not None
+            for_newcomer = cluster.workers[W0].export_expert(0, expert, WorkerId("w2"))
+            assert from_copy(for_newcomer, CPU), "it has nothing of the group's memory yet"
             moved += cluster.replace(cluster.shuffled(step), [4, 4])
         for output in cluster.step():
             tokens += output.token_ids
