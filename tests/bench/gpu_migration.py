@@ -87,7 +87,7 @@ class Flipped:
     launch_s: float
     """Until the CPU has launched it."""
     device_s: float
-    """Until the device has done it."""
+    """That copies of as many bytes take on the device."""
     release_s: float
     """To free what the experts lay in, which no step waits for."""
     step_s: float
