@@ -123,6 +123,14 @@ def test_test() -> None:
     assert " passed" in make("test", "ARGS=tests/test_layers.py -o addopts=--import-mode=importlib")
 
 
+def test_pytest_alone_finds_the_tests_modules_in_processes_that_they_start(tmp_path: Path) -> None:
+    """It does not put the current folder on its search path, as `python -m pytest` does."""
+    test = f"{ROOT}/tests/actors/forkserver/test_forks.py::test_a_fork_is_as_a_new_process"
+    command = [f"{VENV}/bin/pytest", "-p", "no:cacheprovider", "-n", "0", test]
+    done = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_check_lints_and_then_tests(copy: Path) -> None:
     """What it tests is looked up only: all of it runs in this suite."""
     assert "would be reformatted" in make("check", where=copy, expected=2)

@@ -160,7 +160,8 @@ class Migrator:
         """Copy experts from one worker to another. Returns None, or the reason of the failure."""
         begun, first = time.monotonic(), bundle[0]
         try:
-            copies = ask(source, WorkerActor.export_experts, [(move.layer, move.expert) for move in bundle])
+            pairs = [(move.layer, move.expert) for move in bundle]
+            copies = ask(source, WorkerActor.export_experts, pairs, first.target)
             await within(forward(target, WorkerActor.import_experts, copies), COPY_TIMEOUT_S)
             if rest:
                 await asyncio.sleep(min(time.monotonic() - begun, LONGEST_REST_S))

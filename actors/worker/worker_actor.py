@@ -36,6 +36,7 @@ from elastic_moe.cluster.messages.epochs import (
     WorkerSpec,
 )
 from elastic_moe.cluster.messages.requests import Endpoint
+from elastic_moe.cluster.placement import WorkerId
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -164,9 +165,9 @@ class WorkerActor:
         self._ready.abandon(epoch)
 
     @in_group("copies")
-    def export_experts(self, pairs: list[tuple[int, int]]) -> list[ExpertCopy]:
+    def export_experts(self, pairs: list[tuple[int, int]], target: WorkerId) -> list[ExpertCopy]:
         _give_way()
-        return self._ready.export_experts(pairs)
+        return self._ready.export_experts(pairs, target)
 
     @in_group("copies")
     def import_experts(self, copies: list[ExpertCopy]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Awaitable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -22,6 +21,7 @@ from elastic_moe.cluster.errors import UserError, WorkerError
 from elastic_moe.cluster.messages.requests import Endpoint
 from elastic_moe.cluster.placement import Placement
 from elastic_moe.deploy.launch.local_ray import join_ray
+from elastic_moe.deploy.launch.run_directory import RunDirectory
 from elastic_moe.model.measuring.group import MeasuredGroup, named
 from elastic_moe.model.measuring.process import Job, Member, Steps
 
@@ -92,9 +92,14 @@ def joined(address: str) -> Iterator[tuple[str, ...]]:
 
     Raises UserError where that cannot be joined, or no node has a CPU.
     """
-    # Ray puts the current directory first in its workers' search path for modules
-    with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
-        join_ray(address, logging_level=logging.ERROR)
+    # Ray puts the current directory first in its workers' search path for modules. The directory of a run is removed by
+    # the next one where this one is killed
+    directory = RunDirectory.create()
+    try:
+        with contextlib.chdir(directory.temporary):
+            join_ray(address, logging_level=logging.ERROR)
+    finally:
+        directory.remove()
     try:
         found = tuple(sorted(node.id for node in nodes() if node.total.get("CPU", 0) > 0))
         if not found:

@@ -100,13 +100,19 @@ def _parents() -> list[str]:
 
 
 def _make_locked(parent: str) -> tuple[Path, int]:
-    """A new directory, and the descriptor that locks it."""
+    """A new directory, and the descriptor that locks it. Raises OSError where none can be made, or be locked."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         # another server may take it for a dead one's before it is locked
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:
+                # such as NFS, where a directory cannot be locked
+                os.close(lock)
+                path.rmdir()
+                raise
             if path.exists():
                 return path, lock
             os.close(lock)

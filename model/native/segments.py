@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from elastic_moe.cluster.errors import StepAborted
+from elastic_moe.cluster.lines import size_text
 
 DIRECTORY = Path("/dev/shm")
 _SUFFIX = ".emoe-segment"
@@ -79,7 +80,7 @@ def _create(path: Path, num_bytes: int) -> tuple[mmap.mmap, int]:
     except OSError as error:
         building.unlink(missing_ok=True)
         os.close(fd)
-        raise StepAborted(f"{DIRECTORY} has no room for {num_bytes >> 20} MiB: {error.strerror}") from None
+        raise StepAborted(f"{DIRECTORY} has no room for {size_text(num_bytes)}: {error.strerror}") from None
     return memory, fd
 
 

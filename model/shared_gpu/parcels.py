@@ -128,7 +128,8 @@ class Arrivals:
     def taken(self, parcel: Parcel) -> Iterator[Tensor]:
         """The parcel's bytes [nbytes], in memory of their own. Raises DeviceError where this GPU has no such memory.
 
-        The block must end with a wait for the stream; then the sender may use the parcel's place again.
+        The block must end with a wait for the stream; then the sender may use the parcel's place again. Blocks at its
+        own end until the sender can see that.
         """
         whole = self._begin(parcel)
         try:
@@ -148,8 +149,9 @@ class Arrivals:
             self._device.attach()
             if parcel.handle not in self._opened:
                 self._opened[parcel.handle] = self._device.open(parcel.handle)
+            whole = self._device.view(self._opened[parcel.handle], parcel.size)
             self._users += 1
-            return self._device.view(self._opened[parcel.handle], parcel.size)
+            return whole
 
     def _end(self) -> None:
         with self._lock:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_moe.cluster.errors import UserError
+from elastic_moe.cluster.lines import size_text
 from elastic_moe.cluster.messages.epochs import StateRoom, WindowRoom, window_blocks
 
 _SNAPSHOT_SHARE = 0.25
@@ -118,10 +119,10 @@ class CacheRoom:
 def divide(room_bytes: int, sizes: CacheSizes, *, max_model_len: int) -> CacheRoom:
     """Divide `room_bytes`. Raises UserError if a sequence of `max_model_len` tokens does not fit."""
     if room_bytes < sizes.one + sizes.seat_bytes:
-        states = f" and {sizes.seat_bytes >> 20} MiB of states" if sizes.state_bytes else ""
+        states = f" and {size_text(sizes.seat_bytes)} of states" if sizes.state_bytes else ""
         raise UserError(
-            f"max_model_len {max_model_len} needs {sizes.one >> 20} MiB of KV cache{states}, {room_bytes >> 20} MiB are"
-            " there: lower --max-model-len or raise --kv-cache-memory-bytes"
+            f"max_model_len {max_model_len} needs {size_text(sizes.one)} of KV cache{states}, {size_text(room_bytes)}"
+            " are there: lower --max-model-len or raise --kv-cache-memory-bytes"
         )
     # states have a fixed size, while few sequences have full length, so states come first
     spare = room_bytes - sizes.one - sizes.seat_bytes

@@ -207,10 +207,13 @@ class DataPlane:
         """[L] logical experts in the device beside the cache area."""
         return self._experts.held()
 
-    def export_experts(self, pairs: Sequence[tuple[int, int]]) -> list[ExpertCopy]:
-        """Copy experts, given as (layer, expert), for another worker, from wherever they lie. Raises PlacementError if
-        one lies nowhere here."""
-        return self._experts.export_copies(pairs)
+    def export_experts(self, pairs: Sequence[tuple[int, int]], target: WorkerId | None = None) -> list[ExpertCopy]:
+        """Copy experts, given as (layer, expert), for the worker `target`, from wherever they lie; None: for any worker
+        of the epoch in force.
+
+        Raises PlacementError if one lies nowhere here.
+        """
+        return self._experts.export_copies(pairs, target)
 
     def import_experts(self, copies: Sequence[ExpertCopy]) -> None:
         """Hold copies beside the placement's experts. Raises PlacementError if a digest does not match."""

@@ -17,7 +17,7 @@ import torch
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.facts.transfers import AT_ONCE_ON_GPUS
 from elastic_moe.cluster.messages.epochs import ExpertCopy, TierCounts, WorkerSpec
-from elastic_moe.cluster.placement import EMPTY, Placement, Tier
+from elastic_moe.cluster.placement import EMPTY, Placement, Tier, WorkerId
 from elastic_moe.model.exchange.dealing import loose_experts
 from elastic_moe.model.experts.store import ExpertStore
 from elastic_moe.model.native.experts import ExpertUnavailable
@@ -214,13 +214,13 @@ class HeldExperts:
 
     # --- Experts that come and go -------------------------------------------------------------------------------
 
-    def export_copies(self, pairs: Sequence[tuple[int, int]]) -> list[ExpertCopy]:
-        """Copy experts, given as (layer, expert), for another worker, from wherever they lie. Raises PlacementError if
-        one lies nowhere here."""
+    def export_copies(self, pairs: Sequence[tuple[int, int]], target: WorkerId | None = None) -> list[ExpertCopy]:
+        """See DataPlane.export_experts."""
+        shared = self.shared if self._is_member(target) else None
         copies: dict[tuple[int, int], ExpertCopy] = {}
         if self._by_device:
             reading = self._store.reading(pairs)
-            copies = {(copy.layer, copy.expert): copy for copy in to_copies(reading, self._device, self.shared)}
+            copies = {(copy.layer, copy.expert): copy for copy in to_copies(reading, self._device, shared)}
         return [copies[pair] if pair in copies else self._copy_from_host(*pair) for pair in pairs]
 
     def _copy_from_host(self, layer: int, expert: int) -> ExpertCopy:
@@ -231,6 +231,12 @@ class HeldExperts:
                 raise PlacementError(f"{self._spec.worker} does not hold expert {expert} of layer {layer}") from None
             tensors = self.tiers.read(layer, expert)
         return to_copy(layer, expert, {name: tensor.cpu() for name, tensor in tensors.items()})
+
+    def _is_member(self, worker: WorkerId | None) -> bool:
+        """Whether the worker is of the epoch in force. One that is to join has nothing of this one's memory, and may be
+        on another GPU."""
+        placement = self._placement
+        return worker is None or (placement is not None and worker in {each.id for each in placement.workers})
 
     @property
     def _by_device(self) -> bool:

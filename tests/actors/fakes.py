@@ -120,7 +120,7 @@ class FakeWorker:
         self._prepared.pop(epoch, None)
 
     @in_group("copies")
-    def export_experts(self, pairs: list[tuple[int, int]]) -> list[ExpertCopy]:
+    def export_experts(self, pairs: list[tuple[int, int]], target: WorkerId) -> list[ExpertCopy]:
         self._delay("export_experts")
         for layer, expert in pairs:
             if (layer, expert) not in self._held:

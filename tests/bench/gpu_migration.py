@@ -89,7 +89,7 @@ class Flipped:
     launch_s: float
     """Until the CPU has launched it."""
     device_s: float
-    """Until the device has done it."""
+    """That copies of as many bytes take on the device."""
     release_s: float
     """To free what the experts lay in, which no step waits for."""
     step_s: float
@@ -284,7 +284,12 @@ def _rate(source: torch.device, target: torch.device, nbytes: int) -> float:
 
 
 def report(
-    top: Ceilings, nbytes: int, usual: Sequence[float], copies: Sequence[Copied], flips: Sequence[Flipped], parcels: Parcels | None
+    top: Ceilings,
+    nbytes: int,
+    usual: Sequence[float],
+    copies: Sequence[Copied],
+    flips: Sequence[Flipped],
+    parcels: Parcels | None,
 ) -> str:
     ceiling, usual_s = min(top.to_host, top.to_device), statistics.median(usual)
     rates = [
@@ -307,8 +312,8 @@ def report(
     verdict = [
         f"{share:.0%} of the copy rate (goal {GOAL_SHARE:.0%}), the longest step {longest:.2f} times the usual one "
         f"(goal {GOAL_STEP:g})",
-        f"the last flip: {1e3 * flip.launch_s:.2f} ms of the CPU, {1e3 * flip.device_s:.2f} ms of the device at its copy "
-        f"rate; {1e3 * flip.release_s:.2f} ms to free memory afterwards",
+        f"the last flip: {1e3 * flip.launch_s:.2f} ms of the CPU, {1e3 * flip.device_s:.2f} ms of the device at the "
+        f"rate of its copies; {1e3 * flip.release_s:.2f} ms to free memory afterwards",
     ]
     return "\n\n".join(
         [

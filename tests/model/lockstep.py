@@ -208,7 +208,7 @@ class Lockstep:
             bundles.setdefault((move.source, move.target), []).append((move.layer, move.expert))
         for (source, target), pairs in bundles.items():
             for at in range(0, len(pairs), BUNDLE):
-                copies = self.workers[source].export_experts(pairs[at : at + BUNDLE])
+                copies = self.workers[source].export_experts(pairs[at : at + BUNDLE], target)
                 self.workers[target].import_experts(copies)
         self._flip(new)
         return len(moves)

@@ -25,7 +25,8 @@ class PlainWorker:
     def __init__(self) -> None:
         self.imported: list[object] = []
 
-    def export_experts(self, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def export_experts(self, pairs: list[tuple[int, int]], target: WorkerId) -> list[tuple[int, int]]:
+        assert target[0] == "t", "they are for the worker that gets them"
         return pairs
 
     def import_experts(self, copies: list[object]) -> None:

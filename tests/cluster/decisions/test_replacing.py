@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from elastic_moe.cluster.decisions.replacing import Judgement, judge, room, too_much, worth_a_look
-from elastic_moe.cluster.facts.events import (
-    PlanReady,
-)
+from elastic_moe.cluster.facts.events import PlanReady
 from elastic_moe.cluster.facts.facts import Choice, Planning
 from elastic_moe.cluster.facts.membership import needs
 from elastic_moe.cluster.placement import WorkerId

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -89,6 +91,25 @@ def test_a_full_disk_is_passed_over(parent: Path, monkeypatch: pytest.MonkeyPatc
     assert made.path.parent == parent
     made.remove()
     abandon(made)
+
+
+def test_a_file_system_that_locks_no_directories_is_passed_over(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, nfs, there = fcntl.flock, parent / "nfs", parent / "there"
+    nfs.mkdir()
+    there.mkdir()
+
+    def refuse(descriptor: int, how: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{nfs}/"):
+            raise OSError(errno.EBADF, "refused")
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    opened = len(os.listdir("/proc/self/fd"))
+    made = RunDirectory.create([str(nfs), str(there)])
+    assert made.path.parent == there
+    assert not [*nfs.iterdir()]
+    abandon(made)
+    assert len(os.listdir("/proc/self/fd")) == opened
 
 
 def test_full_shared_memory_is_reported_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic_moe.cluster.errors import StepAborted
 from elastic_moe.cluster.messages.epochs import Epoch, EpochSpec
 from elastic_moe.cluster.placement import Worker, WorkerId, contiguous
 from elastic_moe.model.exchange.join import join_exchange
@@ -111,6 +113,17 @@ def test_ranks_join_while_others_look_for_names(group: str) -> None:
         for thread in looking:
             thread.join()
     assert not [*DIRECTORY.glob(f"{group}*")]
+
+
+def test_what_has_no_room_is_told_in_its_unit(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    for num_bytes, text in ((4096, "4.1 kB"), (5 << 30, "5.4 GB")):
+        with pytest.raises(StepAborted, match=f"^/dev/shm has no room for {text}: No space left on device$"):
+            join(group, 0, 2, num_bytes, 1.0, lambda _: None)
+    assert not names(group, 0)
 
 
 def test_a_file_of_another_program_stays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,6 +15,7 @@ import elastic_moe.model.exchange.join
 from elastic_moe.cluster.errors import PlacementError
 from elastic_moe.cluster.facts.transfers import AT_ONCE_ON_GPUS
 from elastic_moe.cluster.messages.epochs import ExpertCopy, Parcel
+from elastic_moe.cluster.placement import WorkerId
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.shared_gpu import parcels as parcels_module
 from elastic_moe.model.shared_gpu.parcels import LEASE_S, Arrivals, Outbox
@@ -21,9 +23,11 @@ from elastic_moe.model.worker.expert_sources import SharedGpu, from_copies, to_c
 from tests.model.fake_device import FakeDevice
 from tests.model.families import tiny_checkpoint
 from tests.model.lockstep import Lockstep, request
+from tests.model.pretended_tensors import OnDevice, counted_waits, entered
 from tests.model.test_parity import greedy
 
 CPU = torch.device("cpu")
+W0, W1 = WorkerId("w0"), WorkerId("w1")
 
 
 SIZE = 5033
@@ -97,6 +101,44 @@ def test_memory_is_unmapped_when_nothing_is_taken(devices: tuple[FakeDevice, Fak
     assert devices[1].opened
 
 
+class Streamed(FakeDevice):
+    """Its memory is read and written later than the CPU says, and the CPU waits for that when it reads a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.waited_before_closing = 0
+
+    def view(self, address: int, num_bytes: int) -> Tensor:
+        return OnDevice(super().view(address, num_bytes))
+
+    def close(self, address: int) -> None:
+        self.waited_before_closing = self.waits.total()
+        super().close(address)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_is_unmapped_when_the_gpu_has_read_it(fails: bool) -> None:
+    """A group may begin meanwhile, which closes the memory of the one before."""
+    ours, theirs = FakeDevice(), Streamed()
+    arrivals = Arrivals(theirs)
+    parcel = packed(Outbox(ours), 0)
+    with (
+        entered(),
+        counted_waits() as theirs.waits,
+        pytest.raises(RuntimeError) if fails else nullcontext(),
+        arrivals.taken(parcel),
+    ):
+        arrivals.close()
+        assert not theirs.waits, "it is the block's end that waits"
+        if fails:
+            raise RuntimeError("no memory is left")
+    assert not theirs.opened
+    assert theirs.waited_before_closing
+    for address in list(ours.owned):
+        ours.free(address)
+
+
 def sent(experts: dict[tuple[int, int], Tensors], shared: SharedGpu) -> list[ExpertCopy]:
     return to_copies(nullcontext(experts), CPU, shared)
 
@@ -151,9 +193,10 @@ def test_workers_of_a_gpu_replace_experts_by_parcels(
     moved = 0
     for step in range(14):
         if step in (3, 7):
-            first, *_ = cluster.workers.values()
-            [copy] = first.export_experts([(0, cluster.placement.experts_of(first.spec.worker, 0)[0])])
-            assert copy.parcel is not None
+            pairs = [(0, expert) for expert in cluster.placement.experts_of(W0, 0)]
+            assert all(copy.parcel for copy in cluster.workers[W0].export_experts(pairs, W1))
+            for_newcomer = cluster.workers[W0].export_experts(pairs, WorkerId("w2"))
+            assert from_copies(for_newcomer, CPU), "it has nothing of the group's memory yet"
             moved += cluster.replace(cluster.shuffled(step), [4, 4])
         for output in cluster.step():
             tokens += output.token_ids

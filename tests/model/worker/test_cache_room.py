@@ -24,10 +24,16 @@ def test_without_states_all_memory_is_for_blocks() -> None:
     assert divide(800, PLAIN, max_model_len=64).states is None
 
 
-@pytest.mark.parametrize(("sizes", "least"), [(PLAIN, 800), (HYBRID, 2300)])
-def test_a_sequence_of_full_length_must_fit(sizes: CacheSizes, least: int) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "least", "says"),
+    [
+        (PLAIN, 800, "needs 800 B of KV cache, 799 B are there"),
+        (HYBRID, 2300, "needs 800 B of KV cache and 1.5 kB of states, 2.3 kB are there"),
+    ],
+)
+def test_a_sequence_of_full_length_must_fit(sizes: CacheSizes, least: int, says: str) -> None:
     assert divide(least, sizes, max_model_len=64).blocks == 8
-    with pytest.raises(UserError, match=r"max_model_len 64 needs .* raise --kv-cache-memory-bytes"):
+    with pytest.raises(UserError, match=f"max_model_len 64 {says}: .* raise --kv-cache-memory-bytes"):
         divide(least - 1, sizes, max_model_len=64)
 
 
