@@ -133,8 +133,13 @@ class Arrivals:
         """
         whole = self._begin(parcel)
         try:
-            yield whole[parcel.offset : parcel.offset + parcel.nbytes].clone()
-            whole[parcel.word : parcel.word + _WORD].view(torch.int64).fill_(parcel.number)
+            word = whole[parcel.word : parcel.word + _WORD].view(torch.int64)
+            try:
+                yield whole[parcel.offset : parcel.offset + parcel.nbytes].clone()
+                word.fill_(parcel.number)
+            finally:
+                # `_end` may unmap the memory that what was launched above reads and writes: waits for it
+                word.tolist()
         finally:
             self._end()
 
