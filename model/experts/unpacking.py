@@ -2,7 +2,7 @@
 
 A weight gets the bits that it has where it is unpacked when it is loaded: code by scale in float32, rounded once to the
 served dtype. In the stacks lie the tensors of model/int8.py and model/int4.py as they are, except that zero points lie
-two in a byte.
+two in a byte. MXFP8 has bytes of E4M3 with a byte of E8M0 for every 32.
 
 Legend: S slots, A active slots, N outputs, K inputs, G groups of inputs.
 """
@@ -21,7 +21,7 @@ from elastic_moe.model.formats.small_floats import E2M1
 PIECE = 1 << 24
 """Weights that are unpacked at a time, each of which takes up to WORK_BYTES meanwhile. A larger matrix is one piece."""
 WORK_BYTES = 12
-_WHOLE_BYTES = frozenset({ExpertForm.INT8, ExpertForm.FP8})
+_WHOLE_BYTES = frozenset({ExpertForm.INT8, ExpertForm.FP8, ExpertForm.MXFP8})
 
 
 class Packing:
@@ -31,7 +31,7 @@ class Packing:
         """form: other than PLAIN."""
         self.form = form
         self.dtype = dtype
-        self._group = int8.GROUP if form in _WHOLE_BYTES else int4.GROUP
+        self._group = int8.GROUP if form in (ExpertForm.INT8, ExpertForm.FP8) else int4.GROUP
         self._pairs: dict[torch.device, Tensor] = {}
         """[256, 2] the two weights of a byte, by device: a step may not bring them there."""
 
@@ -72,7 +72,9 @@ class Packing:
 
     def _unpacked(self, inputs: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
         """[A, N, K] in float32."""
-        if self.form is ExpertForm.FP8:
+        if self.form is ExpertForm.MXFP8:
+            scales = scales.view(torch.float8_e8m0fnu)
+        if self.form in (ExpertForm.FP8, ExpertForm.MXFP8):
             values = codes.view(torch.float8_e4m3fn).float()
         elif self.form is ExpertForm.INT8:
             values = codes.float()

@@ -252,7 +252,7 @@ class NativeExperts:
         if self.form is ExpertForm.INT8:
             values, scales = (matrix, tensors[name + SCALE]) if rounded else quantize(self._turned(matrix))
             return pack8(self.lib, values, scales, self.form, **order)
-        if self.form is ExpertForm.FP8:
+        if self.form in (ExpertForm.FP8, ExpertForm.MXFP8):
             assert rounded, "nothing is rounded to FP8"
             return pack8(self.lib, matrix, tensors[name + SCALE], self.form, **order)
         if rounded:
@@ -324,7 +324,7 @@ class NativeExperts:
                 tensors[name] = item
             elif item.form is ExpertForm.PLAIN:
                 tensors[name] = self._turned(unpack(item)).contiguous()
-            elif item.form in (ExpertForm.INT8, ExpertForm.FP8):
+            elif item.form in (ExpertForm.INT8, ExpertForm.FP8, ExpertForm.MXFP8):
                 tensors[name], tensors[name + SCALE] = unpack8(item)
             else:
                 tensors[name], tensors[name + SCALE], zeros = unpack4(item)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_moe.cluster.expert_forms import ExpertForm
@@ -25,6 +26,7 @@ NUMBERS = {
     ExpertForm.INT4_HALF: 5,
     ExpertForm.MXFP4: 6,
     ExpertForm.FP8: 7,
+    ExpertForm.MXFP8: 9,
 }
 """The library's number of a form, as in forms.h."""
 
@@ -57,12 +59,17 @@ def _column_bytes(depth: int, form: ExpertForm) -> float:
         return depth * 2
     if form in (ExpertForm.INT8, ExpertForm.FP8):
         return depth + -(-depth // GROUP) * 4
+    if form is ExpertForm.MXFP8:
+        return depth + -(-depth // FINE)
     # nibbles and scales, and zero points of 4 bits where there are any
     return -(-depth // FINE) * (FINE / 2 + (2 if form is ExpertForm.MXFP4 else 2.5))
 
 
 def _panel_bytes(depth: int, form: ExpertForm) -> int:
-    """Bytes of a panel. With 4 bits, zero points are filled up to whole cache lines (block_bytes4 in gemm4.h)."""
+    """Bytes of a panel. With 4 bits, zero points are filled up to whole cache lines (block_bytes4 in gemm4.h). Powers
+    of 2 of MXFP8 are filled up to words."""
+    if form is ExpertForm.MXFP8:
+        return PANEL * (depth + -(-depth // GROUP) * 4)
     if form not in (ExpertForm.INT4, ExpertForm.INT4_HALF):
         return int(PANEL * _column_bytes(depth, form))
     groups = -(-depth // FINE)
@@ -99,7 +106,12 @@ def pack8(
     interleaved: bool = False,
     into: Tensor | None = None,
 ) -> Packed:
-    """Copy a matrix of 8 bits with scales (model/int8.py, or bytes of E4M3) into panels, as `pack` does. K is even."""
+    """Copy a matrix of 8 bits with scales (model/int8.py, or bytes of E4M3) into panels, as `pack` does. K is even.
+
+    Scales are float32 [N, ceil(K / 128)]; those of MXFP8 are E8M0 in uint8 [N, ceil(K / 32)].
+    """
+    if form is ExpertForm.MXFP8:
+        scales = F.pad(scales, (0, -scales.shape[1] % 4))  # to words
     values, scales = values.contiguous(), scales.contiguous()
     packed = _allocate(lib, values.shape, parts, interleaved, form, into)
     lib.emoe_pack8(values.data_ptr(), scales.data_ptr(), *_shape(packed), packed.data.data_ptr())
@@ -181,6 +193,8 @@ def unpack8(packed: Packed) -> tuple[Tensor, Tensor]:
     values = torch.empty(packed.columns, packed.depth, dtype=torch.int8)
     scales = torch.empty(packed.columns, -(-packed.depth // GROUP), dtype=torch.float32)
     packed.lib.emoe_unpack8(packed.data.data_ptr(), *_shape(packed), values.data_ptr(), scales.data_ptr())
+    if packed.form is ExpertForm.MXFP8:
+        scales = scales.view(torch.uint8)[:, : -(-packed.depth // FINE)].contiguous()
     return values, scales
 
 

@@ -1,14 +1,17 @@
 // Products of bfloat16 rows with a matrix of 8-bit floats (E4M3).
 //
-// A matrix lies in panels as in gemm8.h, with E4M3 in place of integers. Each has a float32 scale for 128 steps of K of one
-// column. A group of a panel becomes bfloat16, which loses nothing, and all rows are multiplied with it as in gemm.h.
+// A matrix lies in panels as in gemm8.h, with E4M3 in place of integers. A group of a panel becomes bfloat16, which loses nothing,
+// and all rows are multiplied with it as in gemm.h. Scales are of two kinds:
+// - Each 128 steps of K of one column have a float32 scale, by which the sums of the group are multiplied.
+// - Each 32 steps have a power of 2 (E8M0, as in MXFP8). In place of a float32 scale lie the bytes of four powers. They scale the
+//   weights, which loses nothing either, except that powers up to 2^-110 count as 0. So the sums are those of gemm.h over all of
+//   K, bit for bit.
 #pragma once
 
+#include "products/e4m3.h"
 #include "products/gemm8.h"
 
 namespace emoe {
-
-constexpr float kE4m3Scale = 256.f; // what load_e4m3 leaves out
 
 #ifdef EMOE_TILES
 
@@ -130,6 +133,58 @@ inline void multiply_chunk_f8(int64_t count, const bf16* const* rows, int64_t de
         }
         panel += pairs * 2 * kPanel + kPanel * sizeof(float);
     }
+}
+
+// Brings a group with powers of 2 to bfloat16, divided by 256: [pairs][64][2]. If `fetch`, the group after the next is prefetched
+// meanwhile.
+inline void widen_powers(const int8_t* panel, int64_t pairs, bf16* wide, bool fetch) {
+    const uint32_t* words = (const uint32_t*)(panel + pairs * 2 * kPanel);
+    const char* next = (const char*)panel + 2 * kGroupBytes8;
+    constexpr int64_t kColumns = kRegisters == 32 ? kPanel : 2 * kLanes, kLines = kRegisters == 32 ? 2 : 0;
+    for (int64_t first = 0, fine = 0; first < pairs; first += kFine / 2, ++fine) {
+        const int64_t end = std::min(pairs, first + kFine / 2);
+        for (int64_t c = 0; c < kPanel; c += kColumns) {
+            Powers powers[kColumns / kLanes];
+            for (int64_t i = 0; i < kColumns; i += kLanes) powers[i / kLanes] = load_powers(words + c + i, int(fine));
+            for (int64_t k = first; k < end; ++k) {
+                for (int64_t line = 0; fetch && line < kLines; ++line) _mm_prefetch(next + (2 * k + c / kColumns + line) * 64, _MM_HINT_T0);
+                for (int64_t i = c; i < c + kColumns; i += kLanes)
+                    store_pairs(wide + (k * kPanel + i) * 2, load_e4m3(panel + (k * kPanel + i) * 2, powers[(i - c) / kLanes]));
+            }
+        }
+    }
+}
+
+// Does what multiply_chunk does, for a panel of 8-bit floats with powers of 2. For the matrix unit, rows lie as in
+// multiply_chunk_f8_tiles.
+inline void multiply_chunk_powers(int64_t count, const bf16* const* rows, int64_t depth, const int8_t* panel, float* sums,
+                                  bool fetch) {
+    constexpr int64_t kMost = 4; // groups at a time: the matrix unit would wait for sums that are read and written more often
+    alignas(64) bf16 wide[kMost * kGroup * kPanel];
+    const int64_t together = (tiles_used ? kMost : 1) * kGroup;
+    for (int64_t first = 0; first < depth; first += together) {
+        const int64_t steps = std::min(together, depth - first);
+        for (int64_t at = 0; at < steps; at += kGroup) {
+            const int64_t pairs = std::min(kGroup, steps - at) / 2;
+            widen_powers(panel, pairs, wide + at * kPanel, fetch);
+            panel += pairs * 2 * kPanel + kPanel * sizeof(uint32_t);
+        }
+#ifdef EMOE_TILES
+        if (tiles_used) {
+            const int64_t whole = (steps + 31) / 32, stride = count > 1 ? (rows[1] - rows[0]) * int64_t(sizeof(bf16)) : kTileBytes;
+            std::fill(wide + steps * kPanel, wide + whole * 32 * kPanel, bf16(0));
+            multiply_steps(count, {(const char*)(rows[0] + first), stride}, whole, wide, sums, first > 0, false);
+            continue;
+        }
+#endif
+        const bf16* at[kChunk];
+        for (int64_t r = 0; r < count; ++r) at[r] = rows[r] + first;
+        multiply_chunk(count, at, steps, wide, sums, false, first > 0);
+    }
+#ifdef EMOE_TILES
+    if (tiles_used) _tile_release();
+#endif
+    for (int64_t i = 0; i < count * kPanel; i += kLanes) store_sum(sums + i, times(load_sum(sums + i), all_lanes(kE4m3Scale)));
 }
 
 } // namespace emoe

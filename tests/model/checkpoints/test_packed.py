@@ -72,6 +72,8 @@ FORMS = {
     "fp8-tensor": ExpertForm.FP8,
     "fp8-channel": ExpertForm.FP8,
     "fp8-modelopt": ExpertForm.FP8,
+    "mxfp8": ExpertForm.MXFP8,
+    "mxfp8-wide": ExpertForm.MXFP8,
     "int8-channel": ExpertForm.INT8,
     "int4-symmetric": ExpertForm.INT4,
     "int4-asymmetric": ExpertForm.INT4_HALF,
@@ -126,7 +128,11 @@ def logits_of(cluster: Lockstep, prompt: list[int]) -> torch.Tensor:
 
 def dequantized(form: ExpertForm, tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
     """[N, K] of the codes, scales and zero points of a matrix."""
-    values, scales = tensors[key], tensors[f"{key}_scale"].float()
+    values, scales = tensors[key], tensors[f"{key}_scale"]
+    if form is ExpertForm.MXFP8:
+        powers = (scales.double() - 127).exp2().float().repeat_interleave(32, 1)
+        return values.view(torch.float8_e4m3fn).float() * powers[:, : values.shape[1]]
+    scales = scales.float()
     if form.value.endswith("8"):
         numbers = values.view(torch.float8_e4m3fn).float() if form is ExpertForm.FP8 else values.float()
         return numbers * scales.repeat_interleave(128, 1)[:, : numbers.shape[1]]

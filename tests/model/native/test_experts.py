@@ -21,6 +21,8 @@ from elastic_moe.model.int8 import GROUP, SCALE, quantize
 from elastic_moe.model.native.experts import Gate, NativeExperts, find_gate
 from elastic_moe.model.native.linear import Packed, round4
 
+FLOATS = (ExpertForm.PLAIN, ExpertForm.FP8, ExpertForm.MXFP8)
+"""Forms whose sums are of floats. With the others, rows become integers."""
 FOUR_BITS = (ExpertForm.INT4, ExpertForm.INT4_HALF, ExpertForm.MXFP4)
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -68,6 +70,17 @@ def dequantized(values_NK: Tensor, scales_NG: Tensor) -> Tensor:
     return values_NK.float() * scales_NG.repeat_interleave(GROUP, dim=1)[:, : values_NK.shape[1]]
 
 
+def draw_powers(random: torch.Generator, outputs: int, inputs: int) -> Tensor:
+    """Powers of 2 in E8M0, around those that weights times 64 take: uint8 [N, groups of 32]."""
+    return torch.randint(118, 124, (outputs, -(-inputs // 32)), generator=random, dtype=torch.uint8)
+
+
+def times_powers(fp8_NK: Tensor, powers_NG: Tensor) -> Tensor:
+    """[N, K] in float32."""
+    scales = (powers_NG.double() - 127).exp2().float()
+    return fp8_NK.float() * scales.repeat_interleave(32, dim=1)[:, : fp8_NK.shape[1]]
+
+
 def dequantized4(codes: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None) -> Tensor:
     """[N, K] in float32."""
     numbers = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
@@ -97,6 +110,10 @@ def in_form(
             scales = torch.rand(len(matrix), -(-matrix.shape[1] // GROUP), generator=random) / 32
             comes |= {name: fp8.view(torch.int8), name + SCALE: scales}
             values = dequantized(fp8, scales)
+        elif form is ExpertForm.MXFP8:
+            fp8, powers = (matrix * 64).to(torch.float8_e4m3fn), draw_powers(random, *matrix.shape)
+            comes |= {name: fp8.view(torch.int8), name + SCALE: powers}
+            values = times_powers(fp8, powers)
         else:
             zeros: Tensor | None
             codes, scales, zeros = round4(lib, matrix)
@@ -145,7 +162,7 @@ def reference(
 
     def linear(rows: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
         matrix = tensors[name].double()
-        taken = rows.double() if form in (ExpertForm.PLAIN, ExpertForm.FP8) else in_8_bits(rows, form)
+        taken = rows.double() if form in FLOATS else in_8_bits(rows, form)
         out = taken @ (matrix if transposed else matrix.T)
         return (out + tensors[f"{name}_bias"].double() if f"{name}_bias" in tensors else out).bfloat16()
 
@@ -202,7 +219,7 @@ def test_sums_are_right(
     # A value that lies near the middle of two bfloat16 numbers may be rounded either way: of each expert's hidden
     # values some differ by 2^-8, of its outputs and of the sum too. Weights are below 1, values some units large.
     # Rows that are rounded to integers add to that: the largest of 40,000 differences seen was 1.2 times 2^-6.
-    tolerance = 2**-6 if form in (ExpertForm.PLAIN, ExpertForm.FP8) else 2**-5
+    tolerance = 2**-6 if form in FLOATS else 2**-5
     assert ((got - expected).abs() <= tolerance * (expected.abs() + 1)).all()
     assert native.held() == set(held)
 

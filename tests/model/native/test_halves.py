@@ -1,5 +1,7 @@
 """The parts of the library for different CPUs compute the same: AVX2, AVX-512, and the matrix unit.
 
+Sums of floats differ in their last bits. Sums of integers are exact.
+
 This machine's library is compared with one compiled for AVX2 alone, and with itself while it does not use the unit. On
 a machine without the unit its instructions are emulated (emulated_tiles.h).
 """
@@ -33,7 +35,16 @@ from elastic_moe.model.states.recurrent import (
     delta_rule,
     selective_update,
 )
-from tests.model.native.test_experts import GATES, draw, expert, in_form, module, routing
+from tests.model.native.test_experts import (
+    FLOATS,
+    GATES,
+    draw,
+    expert,
+    in_form,
+    module,
+    routing,
+    times_powers,
+)
 from tests.paths import ROOT
 
 library_module = import_module("elastic_moe.model.native.library")
@@ -50,8 +61,6 @@ SOURCES = (
     "states/delta.cpp",
     "states/mamba2.cpp",
 )
-FLOATS = (ExpertForm.PLAIN, ExpertForm.FP8)
-"""Forms whose sums are of floats, which differ in their last bits. Sums of integers are exact."""
 NEITHER, OFF, ON = -1, 0, 1
 """Arguments of `emoe_tiles`."""
 
@@ -193,6 +202,52 @@ def test_products_with_4_bits_have_the_same_bits_everywhere(
     x, matrix, bias = draw(1, rows, depth), (codes, scales, None if form is ExpertForm.MXFP4 else zeros), draw(3, 200)
     outputs = [linear(x, pack4(half, *matrix, form), bias) for half in (lib, avx2, tiles)]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(1, 30), (3, 128), (16, 160), (17, 290), (32, 512), (101, 4396)])
+def test_products_with_powers_of_2_have_the_bits_of_unpacked_ones(
+    lib: ctypes.CDLL, avx2: ctypes.CDLL, tiles: ctypes.CDLL, rows: int, depth: int
+) -> None:
+    """By each kind of CPU, for any number of rows. Columns have powers of all sizes that leave numbers normal."""
+    random = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 256, (80, depth), generator=random, dtype=torch.uint8)
+    codes[codes & 127 == 127] = 128  # not a number
+    powers = torch.randint(110, 140, (80, -(-depth // 32)), generator=random, dtype=torch.uint8)
+    powers[20:40] = 60
+    powers[40:60] = 246
+    powers[60:70], codes[60:70] = 254, codes[60:70] & 0x8F  # below 2^-5
+    powers[70:], codes[70:] = 0, codes[70:] & 0x80
+    matrix = codes.view(torch.int8), powers, ExpertForm.MXFP8
+    weights = times_powers(codes.view(torch.float8_e4m3fn), powers)
+    assert torch.equal(weights.bfloat16().float(), weights)
+    x = draw(1, rows, depth, scale=2**-20)
+
+    def check(half: ctypes.CDLL) -> Tensor:
+        found = linear(x, pack8(half, *matrix), None)
+        assert torch.equal(found, linear(x, pack(half, weights.bfloat16()), None))
+        assert torch.equal(linear(x[-1:], pack8(half, *matrix), None), found[-1:])
+        return found
+
+    without = check(lib)
+    check(avx2)
+    check(tiles)
+    tiles.emoe_tiles(OFF)
+    assert torch.equal(check(tiles), without)
+    tiles.emoe_tiles(ON)
+
+
+def test_the_least_powers_of_2_count_as_0(lib: ctypes.CDLL, avx2: ctypes.CDLL) -> None:
+    """Up to 2^-110. All weights with the next one are computed."""
+    codes = torch.randint(0, 127, (64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes[:, ::2] = 1
+    powers = torch.arange(64, dtype=torch.uint8)[:, None].repeat(1, 2)
+    x = torch.ones(3, 64, dtype=torch.bfloat16)
+    weights = times_powers(codes.view(torch.float8_e4m3fn), powers).bfloat16()
+    weights[:18] = 0
+    for half in (lib, avx2):
+        got = linear(x, pack8(half, codes.view(torch.int8), powers, ExpertForm.MXFP8), None)
+        assert torch.equal(got, linear(x, pack(half, weights), None))
+        assert got[:, 18:].min() > 0
 
 
 @pytest.mark.parametrize(("queries", "key_size", "value_size"), [(1, 64, 64), (40, 128, 80), (40, 24, 16)])

@@ -23,7 +23,7 @@ from elastic_moe.model.native.linear import (
     rows,
     unpack,
 )
-from tests.model.native.test_experts import FOUR_BITS, in_8_bits
+from tests.model.native.test_experts import FOUR_BITS, draw_powers, in_8_bits
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 150).map(lambda half: 2 * half))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -103,6 +103,9 @@ def in_narrow_form(lib: ctypes.CDLL, form: ExpertForm, weight: torch.Tensor) -> 
     if form is ExpertForm.FP8:
         scales = torch.rand(len(weight), -(-weight.shape[1] // GROUP))
         return pack8(lib, weight.to(torch.float8_e4m3fn).view(torch.int8), scales, form)
+    if form is ExpertForm.MXFP8:
+        powers = draw_powers(torch.Generator().manual_seed(0), *weight.shape)
+        return pack8(lib, weight.to(torch.float8_e4m3fn).view(torch.int8), powers, form)
     codes, scales, zeros = round4(lib, weight)
     if form is ExpertForm.INT4_HALF:
         scales = scales.half()
