@@ -4,8 +4,8 @@
 // and all rows are multiplied with it as in gemm.h. Scales are of two kinds:
 // - Each 128 steps of K of one column have a float32 scale, by which the sums of the group are multiplied.
 // - Each 32 steps have a power of 2 (E8M0, as in MXFP8). In place of a float32 scale lie the bytes of four powers. They scale the
-//   weights, which loses nothing either, except that powers up to 2^-110 count as 0. So the sums are those of gemm.h over all of
-//   K, bit for bit.
+//   weights, which loses nothing either, except that weights below 2^-118 may count as 0. So the sums are those of gemm.h over
+//   all of K, bit for bit.
 #pragma once
 
 #include "products/e4m3.h"

@@ -236,18 +236,16 @@ def test_products_with_powers_of_2_have_the_bits_of_unpacked_ones(
     tiles.emoe_tiles(ON)
 
 
-def test_the_least_powers_of_2_count_as_0(lib: ctypes.CDLL, avx2: ctypes.CDLL) -> None:
-    """Up to 2^-110. All weights with the next one are computed."""
+def test_only_weights_below_2_to_the_minus_118_may_count_as_0(lib: ctypes.CDLL, avx2: ctypes.CDLL) -> None:
     codes = torch.randint(0, 127, (64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    codes[:, ::2] = 1
-    powers = torch.arange(64, dtype=torch.uint8)[:, None].repeat(1, 2)
+    codes[::2] = codes[::2] % 9
+    powers = torch.arange(32, dtype=torch.uint8).repeat(2)[:, None].repeat(1, 2)
     x = torch.ones(3, 64, dtype=torch.bfloat16)
-    weights = times_powers(codes.view(torch.float8_e4m3fn), powers).bfloat16()
-    weights[:18] = 0
+    weights = times_powers(codes.view(torch.float8_e4m3fn), powers).double()
+    most, least = weights.sum(1), torch.where(weights < 2.0**-118, 0, weights).sum(1)
     for half in (lib, avx2):
-        got = linear(x, pack8(half, codes.view(torch.int8), powers, ExpertForm.MXFP8), None)
-        assert torch.equal(got, linear(x, pack(half, weights), None))
-        assert got[:, 18:].min() > 0
+        got = linear(x, pack8(half, codes.view(torch.int8), powers, ExpertForm.MXFP8), None).double()
+        assert ((got <= most * (1 + 2**-8)) & (got >= least * (1 - 2**-8))).all()
 
 
 @pytest.mark.parametrize(("queries", "key_size", "value_size"), [(1, 64, 64), (40, 128, 80), (40, 24, 16)])
