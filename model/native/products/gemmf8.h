@@ -140,17 +140,14 @@ inline void multiply_chunk_f8(int64_t count, const bf16* const* rows, int64_t de
 inline void widen_powers(const int8_t* panel, int64_t pairs, bf16* wide, bool fetch) {
     const uint32_t* words = (const uint32_t*)(panel + pairs * 2 * kPanel);
     const char* next = (const char*)panel + 2 * kGroupBytes8;
-    constexpr int64_t kColumns = kRegisters == 32 ? kPanel : 2 * kLanes, kLines = kRegisters == 32 ? 2 : 0;
     for (int64_t first = 0, fine = 0; first < pairs; first += kFine / 2, ++fine) {
-        const int64_t end = std::min(pairs, first + kFine / 2);
-        for (int64_t c = 0; c < kPanel; c += kColumns) {
-            Powers powers[kColumns / kLanes];
-            for (int64_t i = 0; i < kColumns; i += kLanes) powers[i / kLanes] = load_powers(words + c + i, int(fine));
-            for (int64_t k = first; k < end; ++k) {
-                for (int64_t line = 0; fetch && line < kLines; ++line) _mm_prefetch(next + (2 * k + c / kColumns + line) * 64, _MM_HINT_T0);
-                for (int64_t i = c; i < c + kColumns; i += kLanes)
-                    store_pairs(wide + (k * kPanel + i) * 2, load_e4m3(panel + (k * kPanel + i) * 2, powers[(i - c) / kLanes]));
-            }
+        Powers powers[kPanel / kLanes];
+        for (int64_t c = 0; c < kPanel; c += kLanes) powers[c / kLanes] = load_powers(words + c, int(fine));
+        for (int64_t k = first; k < std::min(pairs, first + kFine / 2); ++k) {
+            if (fetch)
+                for (int64_t line = 2 * k; line < 2 * k + 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T0);
+            for (int64_t c = 0; c < kPanel; c += kLanes)
+                store_pairs(wide + (k * kPanel + c) * 2, load_e4m3(panel + (k * kPanel + c) * 2, powers[c / kLanes]));
         }
     }
 }
