@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.int4 import GROUP as FINE
+from elastic_moe.model.int4 import NVFP4_GROUP
 from elastic_moe.model.int8 import GROUP
 from elastic_moe.model.native.memory import allocate
 
@@ -27,13 +28,14 @@ NUMBERS = {
     ExpertForm.MXFP4: 6,
     ExpertForm.FP8: 7,
     ExpertForm.MXFP8: 9,
+    ExpertForm.NVFP4: 10,
 }
 """The library's number of a form, as in forms.h."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Packed:
-    """A matrix [columns, depth] (as in nn.Linear) in panels; see gemm.h, gemm8.h for 8 bits, and gemm4.h for 4 bits.
+    """A matrix [columns, depth] (as in nn.Linear) in panels: see gemm.h, for 8 bits gemm8.h, for 4 gemm4.h, gemmf4.h.
 
     Its memory is released when the object is garbage.
     """
@@ -61,15 +63,19 @@ def _column_bytes(depth: int, form: ExpertForm) -> float:
         return depth + -(-depth // GROUP) * 4
     if form is ExpertForm.MXFP8:
         return depth + -(-depth // FINE)
+    if form is ExpertForm.NVFP4:
+        return depth / 2 + depth // NVFP4_GROUP + 4
     # nibbles and scales, and zero points of 4 bits where there are any
     return -(-depth // FINE) * (FINE / 2 + (2 if form is ExpertForm.MXFP4 else 2.5))
 
 
 def _panel_bytes(depth: int, form: ExpertForm) -> int:
     """Bytes of a panel. With 4 bits, zero points are filled up to whole cache lines (block_bytes4 in gemm4.h). Powers
-    of 2 of MXFP8 are filled up to words."""
+    of 2 of MXFP8 and scales of NVFP4 are filled up to words."""
     if form is ExpertForm.MXFP8:
         return PANEL * (depth + -(-depth // GROUP) * 4)
+    if form is ExpertForm.NVFP4:
+        return PANEL * (depth // 2 + -(-depth // (4 * NVFP4_GROUP)) * 4 + 4)
     if form not in (ExpertForm.INT4, ExpertForm.INT4_HALF):
         return int(PANEL * _column_bytes(depth, form))
     groups = -(-depth // FINE)
@@ -144,6 +150,25 @@ def pack4(
     return packed
 
 
+def pack_nvfp4(
+    lib: ctypes.CDLL,
+    codes: Tensor,
+    scales: Tensor,
+    each: Tensor,
+    *,
+    parts: int = 1,
+    interleaved: bool = False,
+    into: Tensor | None = None,
+) -> Packed:
+    """Copy a matrix in NVFP4 (model/int4.py) into panels, as `pack` does. K is a multiple of 16."""
+    codes, scales, each = codes.contiguous(), scales.contiguous(), each.contiguous()
+    columns, half = codes.shape
+    packed = _allocate(lib, (columns, 2 * half), parts, interleaved, ExpertForm.NVFP4, into)
+    addresses = (codes.data_ptr(), scales.data_ptr(), each.data_ptr())
+    lib.emoe_pack_f4(*addresses, *_shape(packed), packed.data.data_ptr())
+    return packed
+
+
 def round4(lib: ctypes.CDLL, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Round a matrix [N, K] of bfloat16, K even, to INT4: (codes [N, K/2], scales [N, G], zero points [N, G]).
 
@@ -212,6 +237,16 @@ def unpack4(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
         None if zeros is None else zeros.data_ptr(),
     )
     return codes, scales, zeros
+
+
+def unpack_nvfp4(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy codes, scales and outputs' scales out of the panels of `pack_nvfp4`. They have the bits that were packed."""
+    codes = torch.zeros(packed.columns, packed.depth // 2, dtype=torch.uint8)
+    scales = torch.empty(packed.columns, packed.depth // NVFP4_GROUP, dtype=torch.uint8)
+    each = torch.empty(packed.columns, 1)
+    addresses = (codes.data_ptr(), scales.data_ptr(), each.data_ptr())
+    packed.lib.emoe_unpack_f4(packed.data.data_ptr(), *_shape(packed), *addresses)
+    return codes, scales, each
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

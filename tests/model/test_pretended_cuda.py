@@ -184,6 +184,8 @@ def test_experts_that_come_from_pinned_memory_and_from_the_disk(
         ("deepseek_v3", "fp8-ue8m0", ExpertForm.FP8),
         ("glm4_moe", "mxfp4", ExpertForm.MXFP4),
         ("minimax_m2", "mxfp8", ExpertForm.MXFP8),
+        ("qwen3_moe", "nvfp4", ExpertForm.NVFP4),
+        ("olmoe", "nvfp4-compressed", ExpertForm.NVFP4),
         ("qwen3_moe", "int4-symmetric", ExpertForm.INT4),
         ("olmoe", "int4-asymmetric", ExpertForm.INT4_HALF),
         ("qwen3_moe", "int8-channel", ExpertForm.INT8),

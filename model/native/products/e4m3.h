@@ -1,4 +1,4 @@
-// Numbers of 8 bits in E4M3, with and without powers of 2 in E8M0, brought to bfloat16.
+// Numbers of 8 and 4 bits in E4M3, E8M0 and E2M1, brought to bfloat16 and to float32.
 #pragma once
 
 #include "vector.h"
@@ -51,6 +51,23 @@ inline Pairs load_e4m3(const int8_t* from, Powers powers) {
     return with_sign_of(_mm512_subs_epu16(bits_of_e4m3<kMost>(wide), powers), wide);
 }
 
+// Numbers in E4M3, divided by 256: byte number `byte` of each word.
+inline Register e4m3_of_words(const uint32_t* words, int byte) {
+    const __m512i some = _mm512_srl_epi32(_mm512_loadu_si512(words), _mm_cvtsi32_si128(8 * byte));
+    const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(some, _mm512_set1_epi32(0x80)), 8);
+    const __m512i half = _mm512_or_si512(sign, _mm512_slli_epi32(_mm512_and_si512(some, _mm512_set1_epi32(0x7f)), 7));
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(half));
+}
+inline Integers shifted(Integers words, int bits) { return _mm512_srl_epi32(words, _mm_cvtsi32_si128(bits)); }
+// The values of E2M1 in the lowest four bits of words.
+inline Register e2m1(Integers words) {
+    return _mm512_permutexvar_ps(words, _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6));
+}
+// Pairs of numbers that bfloat16 has all bits of.
+inline Pairs paired(Register first, Register second) {
+    return (Pairs)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)first, 16), (__m512i)second);
+}
+
 #else
 
 struct Powers { // of 8 columns, for both numbers of a pair
@@ -85,6 +102,21 @@ inline Pairs load_e4m3(const int8_t* from, const Powers& powers) {
     __m256 low, high;
     widen_e4m3(from, low, high);
     return upper_halves(_mm256_mul_ps(low, powers.low), _mm256_mul_ps(high, powers.high));
+}
+inline Register e4m3_of_words(const uint32_t* words, int byte) {
+    const __m256i some = _mm256_srl_epi32(_mm256_loadu_si256((const __m256i*)words), _mm_cvtsi32_si128(8 * byte));
+    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(some, _mm256_set1_epi32(0x80)), 8);
+    const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi32(_mm256_and_si256(some, _mm256_set1_epi32(0x7f)), 7));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+inline Integers shifted(Integers words, int bits) { return _mm256_srl_epi32(words, _mm_cvtsi32_si128(bits)); }
+inline Register e2m1(Integers words) {
+    const __m256 size = _mm256_permutevar8x32_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), words);
+    const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(words, 28), _mm256_set1_epi32(int32_t(0x80000000)));
+    return _mm256_or_ps(size, _mm256_castsi256_ps(sign));
+}
+inline Pairs paired(Register first, Register second) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(_mm256_castps_si256(first), 16), _mm256_castps_si256(second), 0xaa);
 }
 
 #endif

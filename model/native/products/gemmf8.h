@@ -4,12 +4,12 @@
 // and all rows are multiplied with it as in gemm.h. Scales are of two kinds:
 // - Each 128 steps of K of one column have a float32 scale, by which the sums of the group are multiplied.
 // - Each 32 steps have a power of 2 (E8M0, as in MXFP8). In place of a float32 scale lie the bytes of four powers. They scale the
-//   weights, which loses nothing either, except that weights below 2^-118 may count as 0. So the sums are those of gemm.h over
-//   all of K, bit for bit.
+//   weights, which loses nothing either, except that weights below 2^-118 may count as 0 (widened.h).
 #pragma once
 
 #include "products/e4m3.h"
 #include "products/gemm8.h"
+#include "products/widened.h"
 
 namespace emoe {
 
@@ -135,53 +135,28 @@ inline void multiply_chunk_f8(int64_t count, const bf16* const* rows, int64_t de
     }
 }
 
-// Brings a group with powers of 2 to bfloat16, divided by 256: [pairs][64][2]. If `fetch`, the group after the next is prefetched
-// meanwhile.
-inline void widen_powers(const int8_t* panel, int64_t pairs, bf16* wide, bool fetch) {
-    const uint32_t* words = (const uint32_t*)(panel + pairs * 2 * kPanel);
-    const char* next = (const char*)panel + 2 * kGroupBytes8;
-    for (int64_t first = 0, fine = 0; first < pairs; first += kFine / 2, ++fine) {
-        Powers powers[kPanel / kLanes];
-        for (int64_t c = 0; c < kPanel; c += kLanes) powers[c / kLanes] = load_powers(words + c, int(fine));
-        for (int64_t k = first; k < std::min(pairs, first + kFine / 2); ++k) {
-            if (fetch)
-                for (int64_t line = 2 * k; line < 2 * k + 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T0);
-            for (int64_t c = 0; c < kPanel; c += kLanes)
-                store_pairs(wide + (k * kPanel + c) * 2, load_e4m3(panel + (k * kPanel + c) * 2, powers[c / kLanes]));
-        }
-    }
-}
+// A panel with powers of 2.
+struct PowersPanel {
+    const int8_t* at;
 
-// Does what multiply_chunk does, for a panel of 8-bit floats with powers of 2. For the matrix unit, rows lie as in
-// multiply_chunk_f8_tiles.
-inline void multiply_chunk_powers(int64_t count, const bf16* const* rows, int64_t depth, const int8_t* panel, float* sums,
-                                  bool fetch) {
-    constexpr int64_t kMost = 4; // groups at a time: the matrix unit would wait for sums that are read and written more often
-    alignas(64) bf16 wide[kMost * kGroup * kPanel];
-    const int64_t together = (tiles_used ? kMost : 1) * kGroup;
-    for (int64_t first = 0; first < depth; first += together) {
-        const int64_t steps = std::min(together, depth - first);
-        for (int64_t at = 0; at < steps; at += kGroup) {
-            const int64_t pairs = std::min(kGroup, steps - at) / 2;
-            widen_powers(panel, pairs, wide + at * kPanel, fetch);
-            panel += pairs * 2 * kPanel + kPanel * sizeof(uint32_t);
+    // Brings the next group to bfloat16, divided by 256: [pairs][64][2]. If `fetch`, the group after the next is prefetched
+    // meanwhile.
+    void widen(int64_t pairs, bf16* wide, bool fetch) {
+        const uint32_t* words = (const uint32_t*)(at + pairs * 2 * kPanel);
+        const char* next = (const char*)at + 2 * kGroupBytes8;
+        for (int64_t first = 0, fine = 0; first < pairs; first += kFine / 2, ++fine) {
+            Powers powers[kPanel / kLanes];
+            for (int64_t c = 0; c < kPanel; c += kLanes) powers[c / kLanes] = load_powers(words + c, int(fine));
+            for (int64_t k = first; k < std::min(pairs, first + kFine / 2); ++k) {
+                if (fetch)
+                    for (int64_t line = 2 * k; line < 2 * k + 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T0);
+                for (int64_t c = 0; c < kPanel; c += kLanes)
+                    store_pairs(wide + (k * kPanel + c) * 2, load_e4m3(at + (k * kPanel + c) * 2, powers[c / kLanes]));
+            }
         }
-#ifdef EMOE_TILES
-        if (tiles_used) {
-            const int64_t whole = (steps + 31) / 32, stride = count > 1 ? (rows[1] - rows[0]) * int64_t(sizeof(bf16)) : kTileBytes;
-            std::fill(wide + steps * kPanel, wide + whole * 32 * kPanel, bf16(0));
-            multiply_steps(count, {(const char*)(rows[0] + first), stride}, whole, wide, sums, first > 0, false);
-            continue;
-        }
-#endif
-        const bf16* at[kChunk];
-        for (int64_t r = 0; r < count; ++r) at[r] = rows[r] + first;
-        multiply_chunk(count, at, steps, wide, sums, false, first > 0);
+        at = (const int8_t*)(words + kPanel);
     }
-#ifdef EMOE_TILES
-    if (tiles_used) _tile_release();
-#endif
-    for (int64_t i = 0; i < count * kPanel; i += kLanes) store_sum(sums + i, times(load_sum(sums + i), all_lanes(kE4m3Scale)));
-}
+    Register scale(int64_t) const { return all_lanes(kE4m3Scale); } // of the sums of columns
+};
 
 } // namespace emoe

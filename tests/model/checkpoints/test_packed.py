@@ -81,6 +81,8 @@ FORMS = {
     "gptq": ExpertForm.INT4_HALF,
     "gptq-v2": ExpertForm.INT4_HALF,
     "mxfp4": ExpertForm.MXFP4,
+    "nvfp4": ExpertForm.NVFP4,
+    "nvfp4-compressed": ExpertForm.NVFP4,
 }
 """Formats that are kept as they come; the others are unpacked."""
 
@@ -134,6 +136,10 @@ def dequantized(form: ExpertForm, tensors: dict[str, torch.Tensor], key: str) ->
     if form is ExpertForm.MXFP8:
         powers = (scales.double() - 127).exp2().float().repeat_interleave(32, 1)
         return values.view(torch.float8_e4m3fn).float() * powers[:, : values.shape[1]]
+    if form is ExpertForm.NVFP4:
+        codes = torch.stack([values & 15, values >> 4], dim=-1).flatten(1)
+        factors = (scales.view(torch.float8_e4m3fn).float() * tensors[f"{key}_each"]).repeat_interleave(16, 1)
+        return torch.from_numpy(E2M1).float()[codes.int()] * factors
     scales = scales.float()
     if form.value.endswith("8"):
         numbers = values.view(torch.float8_e4m3fn).float() if form is ExpertForm.FP8 else values.float()

@@ -37,6 +37,12 @@ def draw(form: ExpertForm, outputs: int, inputs: int, seed: int) -> tuple[Tensor
         {ExpertForm.INT4_HALF: torch.float16}.get(form, torch.float32 if whole else BF16)
     )
     factors = scales.float().numpy()
+    each = None
+    if form is ExpertForm.NVFP4:
+        group = 16
+        made = rng.choice(np.flatnonzero(np.isfinite(E4M3)), (outputs, inputs // 16)).astype(np.uint8)
+        scales, each = torch.from_numpy(made), rng.uniform(0.001, 0.02, (outputs, 1)).astype(np.float32)
+        factors = E4M3[made].astype(np.float32) * each
     if form is ExpertForm.MXFP8:
         powers = rng.integers(100, 140, (outputs, groups)).astype(np.uint8)
         scales, factors = torch.from_numpy(powers), np.exp2(powers.astype(np.float32) - 127)
@@ -51,13 +57,17 @@ def draw(form: ExpertForm, outputs: int, inputs: int, seed: int) -> tuple[Tensor
         codes = rng.integers(0, 16, (outputs, inputs))
         stored = torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))
         # beside half of the scale, E2M1 counts twice
-        values = 2 * E2M1[codes] if form is ExpertForm.MXFP4 else codes.astype(float)
-        if form is not ExpertForm.MXFP4:
+        values = {ExpertForm.MXFP4: 2 * E2M1[codes], ExpertForm.NVFP4: E2M1[codes]}.get(form, codes.astype(float))
+        if form not in (ExpertForm.MXFP4, ExpertForm.NVFP4):
             zeros = rng.integers(0, 16, (outputs, groups))
             values = values - zeros.repeat(group, 1)[:, :inputs]
     weights = torch.from_numpy(values.astype(np.float32) * factors.repeat(group, 1)[:, :inputs]).to(BF16)
     found = {"": stored, int8.SCALE: scales}
-    return (found if zeros is None else found | {int4.ZERO: torch.from_numpy(zeros.astype(np.uint8))}), weights
+    if zeros is not None:
+        found[int4.ZERO] = torch.from_numpy(zeros.astype(np.uint8))
+    if each is not None:
+        found[int4.EACH] = torch.from_numpy(each)
+    return found, weights
 
 
 def expert(module: Experts, form: ExpertForm, seed: int) -> tuple[Tensors, Tensors]:
@@ -99,7 +109,8 @@ def test_a_packed_weight_takes_the_bytes_that_are_counted(form: ExpertForm) -> N
     parts, weights = draw(form, 64, 1024, 0)
     kept = Packing(form, BF16).kept({f"m{ending}": part for ending, part in parts.items()})
     bytes_of_weight = sum(tensor.nbytes for tensor in kept.values()) / weights.numel()
-    assert bytes_of_weight == weight_bytes(form, 2)
+    each_bytes = 4 / 1024 if form is ExpertForm.NVFP4 else 0
+    assert bytes_of_weight == weight_bytes(form, 2) + each_bytes
     assert bytes_of_weight / 2 <= (0.52 if form in WHOLE_BYTES else 0.29)
 
 

@@ -58,6 +58,7 @@ def tokens(cluster: Lockstep) -> dict[str, list[int]]:
         ("gpt_oss", "bfloat16", "auto", (4, 4)),
         ("qwen3_moe", "bfloat16", "int8", (8,)),
         ("qwen3_moe in mxfp8", "bfloat16", "auto", (8,)),
+        ("qwen3_moe in nvfp4", "bfloat16", "auto", (8,)),
     ],
 )
 def test_logits_have_the_same_bits_wherever_experts_lie(
