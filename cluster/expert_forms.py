@@ -21,16 +21,22 @@ class ExpertForm(StrEnum):
     """4 bits as in INT4, with scales in float16."""
     FP8 = "fp8"
     """8 bits in E4M3, with a float32 scale for every 128 weights."""
+    MXFP8 = "mxfp8"
+    """8 bits in E4M3, with a power of 2 for every 32 weights, kept as its exponent's byte (E8M0)."""
     MXFP4 = "mxfp4"
     """E2M1 codes, with a power of 2 for every 32 weights."""
+    NVFP4 = "nvfp4"
+    """E2M1 codes, with a scale in E4M3 for every 16 weights. The float32 scales of outputs are not counted."""
 
 
 _WEIGHT_BYTES = {
     ExpertForm.INT8: 1 + 4 / 128,
     ExpertForm.FP8: 1 + 4 / 128,
+    ExpertForm.MXFP8: 1 + 1 / 32,
     ExpertForm.INT4: 0.5 + 2.5 / 32,
     ExpertForm.INT4_HALF: 0.5 + 2.5 / 32,
     ExpertForm.MXFP4: 0.5 + 2 / 32,
+    ExpertForm.NVFP4: 0.5 + 1 / 16,
 }
 
 

@@ -18,7 +18,7 @@ from elastic_moe.model.checkpoints.conversion import Conversion, ExpertGroup, co
 from elastic_moe.model.checkpoints.packed import PackedTensor, Stored
 from elastic_moe.model.checkpoints.servability import Shape
 from elastic_moe.model.formats.floats4 import BlocksMxfp4
-from elastic_moe.model.int4 import ZERO
+from elastic_moe.model.int4 import EACH, ZERO
 from elastic_moe.model.int8 import SCALE
 from elastic_moe.model.transformers_private import Concatenate, MergeModulelist
 
@@ -81,5 +81,5 @@ def _tensors(weight: Stored, row: int | None, dtype: torch.dtype) -> dict[str, T
     if not isinstance(weight, PackedTensor):
         return {"": weight.read(row).to(dtype)}
     codes = weight.read_codes(row)
-    found = {"": codes.values, SCALE: codes.scales}
-    return found if codes.zeros is None else found | {ZERO: codes.zeros}
+    found = {"": codes.values, SCALE: codes.scales, ZERO: codes.zeros, EACH: codes.each}
+    return {ending: tensor for ending, tensor in found.items() if tensor is not None}

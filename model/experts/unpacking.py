@@ -2,7 +2,7 @@
 
 A weight gets the bits that it has where it is unpacked when it is loaded: code by scale in float32, rounded once to the
 served dtype. In the stacks lie the tensors of model/int8.py and model/int4.py as they are, except that zero points lie
-two in a byte.
+two in a byte. MXFP8 has bytes of E4M3 with a byte of E8M0 for every 32.
 
 Legend: S slots, A active slots, N outputs, K inputs, G groups of inputs.
 """
@@ -21,7 +21,9 @@ from elastic_moe.model.formats.small_floats import E2M1
 PIECE = 1 << 24
 """Weights that are unpacked at a time, each of which takes up to WORK_BYTES meanwhile. A larger matrix is one piece."""
 WORK_BYTES = 12
-_WHOLE_BYTES = frozenset({ExpertForm.INT8, ExpertForm.FP8})
+_WHOLE_BYTES = frozenset({ExpertForm.INT8, ExpertForm.FP8, ExpertForm.MXFP8})
+_GROUPS = {ExpertForm.INT8: int8.GROUP, ExpertForm.FP8: int8.GROUP, ExpertForm.NVFP4: int4.NVFP4_GROUP}
+"""Inputs with one scale, where they are not 32."""
 
 
 class Packing:
@@ -31,7 +33,7 @@ class Packing:
         """form: other than PLAIN."""
         self.form = form
         self.dtype = dtype
-        self._group = int8.GROUP if form in _WHOLE_BYTES else int4.GROUP
+        self._group = _GROUPS.get(form, int4.GROUP)
         self._pairs: dict[torch.device, Tensor] = {}
         """[256, 2] the two weights of a byte, by device: a step may not bring them there."""
 
@@ -54,8 +56,8 @@ class Packing:
     def weights(self, stacks: Tensors, name: str, chosen_A: Tensor | None = None) -> Tensor:
         """The matrices of this name in all slots, or in the chosen ones: [A, N, K]. The CPU waits for nothing."""
         parts = [stacks[name], stacks[name + int8.SCALE]]
-        if (zeros := stacks.get(name + int4.ZERO)) is not None:
-            parts.append(zeros)
+        if (more := stacks.get(name + (int4.EACH if self.form is ExpertForm.NVFP4 else int4.ZERO))) is not None:
+            parts.append(more)
         count = len(parts[0]) if chosen_A is None else len(chosen_A)
         outputs, inputs = parts[0].shape[1], self.inputs(parts[0])
         out = torch.empty(count, outputs, inputs, dtype=self.dtype, device=parts[0].device)
@@ -70,9 +72,14 @@ class Packing:
         """One expert's matrix of this name: [N, K]."""
         return self.weights({key: tensor[None] for key, tensor in tensors.items()}, name)[0]
 
-    def _unpacked(self, inputs: int, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-        """[A, N, K] in float32."""
-        if self.form is ExpertForm.FP8:
+    def _unpacked(self, inputs: int, codes: Tensor, scales: Tensor, more: Tensor | None = None) -> Tensor:
+        """[A, N, K] in float32. `more`: zero points, or the scales of outputs."""
+        if self.form is ExpertForm.MXFP8:
+            scales = scales.view(torch.float8_e8m0fnu)
+        elif self.form is ExpertForm.NVFP4:
+            assert more is not None
+            scales, more = scales.view(torch.float8_e4m3fn).float() * more, None
+        if self.form in (ExpertForm.FP8, ExpertForm.MXFP8):
             values = codes.view(torch.float8_e4m3fn).float()
         elif self.form is ExpertForm.INT8:
             values = codes.float()
@@ -80,8 +87,8 @@ class Packing:
             values = F.embedding(codes.int(), self._pairs[codes.device]).flatten(-2)
         groups = scales.shape[-1]
         values = F.pad(values, (0, groups * self._group - inputs)).view(*scales.shape, self._group)
-        if zeros is not None:
-            values = values.sub_(torch.stack((zeros & 15, zeros >> 4), -1).flatten(-2)[..., :groups, None].float())
+        if more is not None:
+            values = values.sub_(torch.stack((more & 15, more >> 4), -1).flatten(-2)[..., :groups, None].float())
         return values.mul_(scales[..., None].float()).flatten(-2)[..., :inputs]
 
 
@@ -102,8 +109,10 @@ def active_slots(end_S: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(form: ExpertForm) -> Tensor:
-    # codes of E2M1 are kept as twice their values, beside half scales
-    values = torch.tensor(E2M1) * 2 if form is ExpertForm.MXFP4 else torch.arange(16.0)
+    # codes of MXFP4 are kept as twice their values, beside half scales
+    values = {ExpertForm.MXFP4: torch.tensor(E2M1) * 2, ExpertForm.NVFP4: torch.tensor(E2M1)}.get(
+        form, torch.arange(16.0)
+    )
     byte = torch.arange(256)
     return torch.stack((values[byte & 15], values[byte >> 4]), -1)
 

@@ -23,7 +23,8 @@ from elastic_moe.model.formats.interface import (
     finite,
     multiply_groups,
 )
-from elastic_moe.model.formats.small_floats import FLOAT8, POWERS, powers_of_two
+from elastic_moe.model.formats.small_floats import FLOAT8, POWERS, exponents, powers_of_two
+from elastic_moe.model.int4 import GROUP as FINE
 from elastic_moe.model.int4 import by_fine_groups, divides
 from elastic_moe.model.int8 import GROUP
 
@@ -88,23 +89,31 @@ class Bytes8:
         return weight.mul_(scales)
 
     def kept(self, parts: Mapping[str, Header]) -> ExpertForm:
-        if len(parts[VALUES].shape) != 2 or (self.block is not None and not divides(GROUP, self.block[1])):
+        if len(parts[VALUES].shape) != 2:
             return ExpertForm.PLAIN
+        inputs = None if self.block is None else self.block[1]
+        whole = divides(GROUP, inputs)
         if self.integer:
-            return ExpertForm.INT8
-        return ExpertForm.FP8 if parts[VALUES].dtype == FLOAT8[0] else ExpertForm.PLAIN
+            return ExpertForm.INT8 if whole else ExpertForm.PLAIN
+        if parts[VALUES].dtype != FLOAT8[0]:
+            return ExpertForm.PLAIN
+        if whole:
+            return ExpertForm.FP8
+        return ExpertForm.MXFP8 if divides(FINE, inputs) and parts[SCALES].dtype in POWERS else ExpertForm.PLAIN
 
     def codes(self, parts: Mapping[str, Tensor]) -> Codes:
-        values, scales = parts[VALUES], self._scales(parts[SCALES])
+        values = parts[VALUES]
         rows, columns = values.shape
         if not self.integer and bool(values.isnan().any()):
             raise BadPart(VALUES, "has a weight that is not a number")
+        inputs = None if self.block is None else self.block[1]
+        fine = GROUP if divides(GROUP, inputs) else FINE
+        scales = self._scales(parts[SCALES]) if fine == GROUP else exponents(SCALES, parts[SCALES])
         if self.block is None:
             scales = scales.reshape(-1, 1).expand(rows, -1)
         else:
             scales = scales.repeat_interleave(self.block[0], 0)[:rows]
-        inputs = None if self.block is None else self.block[1]
-        return Codes(values=values.view(torch.int8), scales=by_fine_groups(scales, inputs, columns, GROUP))
+        return Codes(values=values.view(torch.int8), scales=by_fine_groups(scales, inputs, columns, fine))
 
     def _scales(self, scales: Tensor) -> Tensor:
         """The scales as float32."""

@@ -20,15 +20,14 @@ from elastic_moe.model.formats.interface import (
     Codes,
     Header,
     Naming,
-    Unpacked,
     expect,
     finite,
     multiply_groups,
 )
 from elastic_moe.model.formats.small_floats import FLOAT8, POWERS, fp4_values, powers_of_two
+from elastic_moe.model.int4 import NVFP4_GROUP
 
 _MX_GROUP = 32
-_NV_GROUP = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,7 @@ def _half_powers(scales: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Nvfp4(Unpacked):
+class Nvfp4:
     """A matrix [N, K]: bytes [N, K/2], scales [N, K/16] in E4M3, and a scale of the tensor in float32."""
 
     divides: bool
@@ -125,21 +124,37 @@ class Nvfp4(Unpacked):
     def shape(self, parts: Mapping[str, Header]) -> tuple[int, ...]:
         values, scales, second = parts[VALUES], parts[SCALES], parts[SECOND_SCALES]
         *lead, half = values.shape
-        if not lead or half * 2 % _NV_GROUP:
-            raise BadPart(VALUES, f"has {values}: groups of {_NV_GROUP} do not divide its inputs")
+        if not lead or half * 2 % NVFP4_GROUP:
+            raise BadPart(VALUES, f"has {values}: groups of {NVFP4_GROUP} do not divide its inputs")
         if scales.dtype != FLOAT8[0]:
             raise BadPart(SCALES, f"has {scales}, expected float8_e4m3fn")
         expect(
-            SCALES, scales, (*lead, half * 2 // _NV_GROUP), f"one for every {_NV_GROUP} inputs of {list(values.shape)}"
+            SCALES,
+            scales,
+            (*lead, half * 2 // NVFP4_GROUP),
+            f"one for every {NVFP4_GROUP} inputs of {list(values.shape)}",
         )
         if second.shape not in ((), (1,)):
             raise BadPart(SECOND_SCALES, f"has {second}, expected one number")
         return (*lead, half * 2)
 
     def unpack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        scales = finite(SCALES, parts[SCALES]) * self._second(parts)
+        return multiply_groups(fp4_values(parts[VALUES]), scales, NVFP4_GROUP)
+
+    def kept(self, parts: Mapping[str, Header]) -> ExpertForm:
+        return ExpertForm.NVFP4 if len(parts[VALUES].shape) == 2 else ExpertForm.PLAIN
+
+    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
+        finite(SCALES, parts[SCALES])
+        each = self._second(parts).reshape(1, 1).repeat(len(parts[VALUES]), 1)
+        return Codes(values=parts[VALUES], scales=parts[SCALES].view(torch.uint8), each=each)
+
+    def _second(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """What weights are multiplied by."""
         second = finite(SECOND_SCALES, parts[SECOND_SCALES])
-        if self.divides and not bool(second.all()):
+        if not self.divides:
+            return second
+        if not bool(second.all()):
             raise BadPart(SECOND_SCALES, "is 0, and the weight is divided by it")
-        scales = finite(SCALES, parts[SCALES])
-        scales = scales / second if self.divides else scales * second
-        return multiply_groups(fp4_values(parts[VALUES]), scales, _NV_GROUP)
+        return 1 / second

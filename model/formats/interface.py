@@ -90,16 +90,6 @@ class Format(Protocol):
         ...
 
 
-class Unpacked:
-    """A format whose weights are kept in no form but the served dtype."""
-
-    def kept(self, parts: Mapping[str, Header]) -> ExpertForm:
-        return ExpertForm.PLAIN
-
-    def codes(self, parts: Mapping[str, Tensor]) -> Codes:
-        raise AssertionError("it is kept in no form of its own")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
     """A weight [N, K] in a form that is computed; see model/int8.py and model/int4.py."""
@@ -110,6 +100,8 @@ class Codes:
     """[N, G]"""
     zeros: Tensor | None = None
     """uint8 [N, G]"""
+    each: Tensor | None = None
+    """float32 [N, 1]: scales of outputs beside those of groups."""
 
 
 def expect(role: str, header: Header, shape: tuple[int, ...], why: str) -> None:

@@ -20,12 +20,17 @@ WORD_BITS = 32
 """Bits of a word that `integers` reads."""
 
 
+def exponents(role: str, scales: Tensor) -> Tensor:
+    """The bytes of E8M0 scales. Raises BadPart if one is not a number."""
+    stored = scales.view(torch.uint8)
+    if bool((stored == _E8M0_NAN).any()):
+        raise BadPart(role, "has a scale that is not a number")
+    return stored
+
+
 def powers_of_two(role: str, scales: Tensor) -> Tensor:
     """E8M0 scales in float32. Raises BadPart if one is not a number."""
-    exponents = scales.view(torch.uint8).int()
-    if bool((exponents == _E8M0_NAN).any()):
-        raise BadPart(role, "has a scale that is not a number")
-    return torch.exp2((exponents - _E8M0_BIAS).float())
+    return torch.exp2((exponents(role, scales).int() - _E8M0_BIAS).float())
 
 
 def nibbles(packed: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from elastic_moe.cluster.errors import EmoeError
 from elastic_moe.cluster.expert_forms import ExpertForm
-from elastic_moe.model.int4 import ZERO
+from elastic_moe.model.int4 import EACH, ZERO
 from elastic_moe.model.int8 import SCALE, quantize
 from elastic_moe.model.native.linear import (
     NUMBERS,
@@ -28,10 +28,12 @@ from elastic_moe.model.native.linear import (
     pack,
     pack4,
     pack8,
+    pack_nvfp4,
     round4,
     unpack,
     unpack4,
     unpack8,
+    unpack_nvfp4,
 )
 from elastic_moe.model.native.structs import SUPPLY_NEXT
 from elastic_moe.model.native.structs import Supply as _Supply
@@ -252,9 +254,11 @@ class NativeExperts:
         if self.form is ExpertForm.INT8:
             values, scales = (matrix, tensors[name + SCALE]) if rounded else quantize(self._turned(matrix))
             return pack8(self.lib, values, scales, self.form, **order)
-        if self.form is ExpertForm.FP8:
+        if self.form in (ExpertForm.FP8, ExpertForm.MXFP8):
             assert rounded, "nothing is rounded to FP8"
             return pack8(self.lib, matrix, tensors[name + SCALE], self.form, **order)
+        if self.form is ExpertForm.NVFP4:
+            return pack_nvfp4(self.lib, matrix, tensors[name + SCALE], tensors[name + EACH], **order)
         if rounded:
             codes = (matrix, tensors[name + SCALE], tensors.get(name + ZERO))
         else:
@@ -324,8 +328,10 @@ class NativeExperts:
                 tensors[name] = item
             elif item.form is ExpertForm.PLAIN:
                 tensors[name] = self._turned(unpack(item)).contiguous()
-            elif item.form in (ExpertForm.INT8, ExpertForm.FP8):
+            elif item.form in (ExpertForm.INT8, ExpertForm.FP8, ExpertForm.MXFP8):
                 tensors[name], tensors[name + SCALE] = unpack8(item)
+            elif item.form is ExpertForm.NVFP4:
+                tensors[name], tensors[name + SCALE], tensors[name + EACH] = unpack_nvfp4(item)
             else:
                 tensors[name], tensors[name + SCALE], zeros = unpack4(item)
                 if zeros is not None:

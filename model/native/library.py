@@ -45,6 +45,8 @@ _SIGNATURES = {
     "emoe_round4": "piipppt",
     "emoe_pack4": "pppiiitp",
     "emoe_unpack4": "piiitppp",
+    "emoe_pack_f4": "pppiiitp",
+    "emoe_unpack_f4": "piiitppp",
     "emoe_linear": "piiiptippt",
     "emoe_rows8": "pipipt",
     "emoe_linear_wide": "piiipipt",

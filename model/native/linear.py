@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.int4 import GROUP as FINE
+from elastic_moe.model.int4 import NVFP4_GROUP
 from elastic_moe.model.int8 import GROUP
 from elastic_moe.model.native.memory import allocate
 
@@ -25,13 +27,15 @@ NUMBERS = {
     ExpertForm.INT4_HALF: 5,
     ExpertForm.MXFP4: 6,
     ExpertForm.FP8: 7,
+    ExpertForm.MXFP8: 9,
+    ExpertForm.NVFP4: 10,
 }
 """The library's number of a form, as in forms.h."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Packed:
-    """A matrix [columns, depth] (as in nn.Linear) in panels; see gemm.h, gemm8.h for 8 bits, and gemm4.h for 4 bits.
+    """A matrix [columns, depth] (as in nn.Linear) in panels: see gemm.h, for 8 bits gemm8.h, for 4 gemm4.h, gemmf4.h.
 
     Its memory is released when the object is garbage.
     """
@@ -57,12 +61,21 @@ def _column_bytes(depth: int, form: ExpertForm) -> float:
         return depth * 2
     if form in (ExpertForm.INT8, ExpertForm.FP8):
         return depth + -(-depth // GROUP) * 4
+    if form is ExpertForm.MXFP8:
+        return depth + -(-depth // FINE)
+    if form is ExpertForm.NVFP4:
+        return depth / 2 + depth // NVFP4_GROUP + 4
     # nibbles and scales, and zero points of 4 bits where there are any
     return -(-depth // FINE) * (FINE / 2 + (2 if form is ExpertForm.MXFP4 else 2.5))
 
 
 def _panel_bytes(depth: int, form: ExpertForm) -> int:
-    """Bytes of a panel. With 4 bits, zero points are filled up to whole cache lines (block_bytes4 in gemm4.h)."""
+    """Bytes of a panel. With 4 bits, zero points are filled up to whole cache lines (block_bytes4 in gemm4.h). Powers
+    of 2 of MXFP8 and scales of NVFP4 are filled up to words."""
+    if form is ExpertForm.MXFP8:
+        return PANEL * (depth + -(-depth // GROUP) * 4)
+    if form is ExpertForm.NVFP4:
+        return PANEL * (depth // 2 + -(-depth // (4 * NVFP4_GROUP)) * 4 + 4)
     if form not in (ExpertForm.INT4, ExpertForm.INT4_HALF):
         return int(PANEL * _column_bytes(depth, form))
     groups = -(-depth // FINE)
@@ -99,7 +112,12 @@ def pack8(
     interleaved: bool = False,
     into: Tensor | None = None,
 ) -> Packed:
-    """Copy a matrix of 8 bits with scales (model/int8.py, or bytes of E4M3) into panels, as `pack` does. K is even."""
+    """Copy a matrix of 8 bits with scales (model/int8.py, or bytes of E4M3) into panels, as `pack` does. K is even.
+
+    Scales are float32 [N, ceil(K / 128)]; those of MXFP8 are E8M0 in uint8 [N, ceil(K / 32)].
+    """
+    if form is ExpertForm.MXFP8:
+        scales = F.pad(scales, (0, -scales.shape[1] % 4))  # to words
     values, scales = values.contiguous(), scales.contiguous()
     packed = _allocate(lib, values.shape, parts, interleaved, form, into)
     lib.emoe_pack8(values.data_ptr(), scales.data_ptr(), *_shape(packed), packed.data.data_ptr())
@@ -129,6 +147,25 @@ def pack4(
         *_shape(packed),
         packed.data.data_ptr(),
     )
+    return packed
+
+
+def pack_nvfp4(
+    lib: ctypes.CDLL,
+    codes: Tensor,
+    scales: Tensor,
+    each: Tensor,
+    *,
+    parts: int = 1,
+    interleaved: bool = False,
+    into: Tensor | None = None,
+) -> Packed:
+    """Copy a matrix in NVFP4 (model/int4.py) into panels, as `pack` does. K is a multiple of 16."""
+    codes, scales, each = codes.contiguous(), scales.contiguous(), each.contiguous()
+    columns, half = codes.shape
+    packed = _allocate(lib, (columns, 2 * half), parts, interleaved, ExpertForm.NVFP4, into)
+    addresses = (codes.data_ptr(), scales.data_ptr(), each.data_ptr())
+    lib.emoe_pack_f4(*addresses, *_shape(packed), packed.data.data_ptr())
     return packed
 
 
@@ -181,6 +218,8 @@ def unpack8(packed: Packed) -> tuple[Tensor, Tensor]:
     values = torch.empty(packed.columns, packed.depth, dtype=torch.int8)
     scales = torch.empty(packed.columns, -(-packed.depth // GROUP), dtype=torch.float32)
     packed.lib.emoe_unpack8(packed.data.data_ptr(), *_shape(packed), values.data_ptr(), scales.data_ptr())
+    if packed.form is ExpertForm.MXFP8:
+        scales = scales.view(torch.uint8)[:, : -(-packed.depth // FINE)].contiguous()
     return values, scales
 
 
@@ -198,6 +237,16 @@ def unpack4(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
         None if zeros is None else zeros.data_ptr(),
     )
     return codes, scales, zeros
+
+
+def unpack_nvfp4(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy codes, scales and outputs' scales out of the panels of `pack_nvfp4`. They have the bits that were packed."""
+    codes = torch.zeros(packed.columns, packed.depth // 2, dtype=torch.uint8)
+    scales = torch.empty(packed.columns, packed.depth // NVFP4_GROUP, dtype=torch.uint8)
+    each = torch.empty(packed.columns, 1)
+    addresses = (codes.data_ptr(), scales.data_ptr(), each.data_ptr())
+    packed.lib.emoe_unpack_f4(packed.data.data_ptr(), *_shape(packed), *addresses)
+    return codes, scales, each
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

@@ -34,6 +34,7 @@ using Floats = __m512;
 using Register = __m512;
 using Pairs = __m512bh; // a register of pairs of bfloat16
 
+#define EMOE_AVX512 1
 #define EMOE_BYTES 1           // the CPU multiplies bytes of either sign, and adds up four products
 
 constexpr int kLanes = 16;     // floats of a register
@@ -80,18 +81,6 @@ inline void store(bf16* to, Floats value, Lanes lanes = 0xffff) { _mm256_mask_st
 
 inline Pairs load_pairs(const bf16* from) { return (Pairs)_mm512_loadu_si512(from); }
 inline void store_pairs(bf16* to, Pairs value) { _mm512_storeu_si512(to, (__m512i)value); }
-// Numbers in E4M3, divided by 256. Their 4 bits of exponent and 3 of mantissa are those of bfloat16, whose exponents are
-// larger. But numbers below the smallest normal one, multiples of 2^-17 now, are looked up.
-inline Pairs load_e4m3(const int8_t* from) {
-    alignas(64) static constexpr bf16 kSmall[32] = {0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860};
-    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
-    const __m512i size = _mm512_and_si512(_mm512_slli_epi16(wide, 4), _mm512_set1_epi16(0x7f0));
-    const __mmask32 small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(0x80));
-    const __m512i value = _mm512_mask_permutexvar_epi16(_mm512_add_epi16(size, _mm512_set1_epi16(112 << 7)), small, wide,
-                                                        _mm512_load_si512(kSmall));
-    constexpr int kWithSign = 0xf8; // a, or b and c
-    return (Pairs)_mm512_ternarylogic_epi32(value, wide, _mm512_set1_epi16(int16_t(0x8000)), kWithSign);
-}
 inline Pairs all_pairs(int32_t pair) { return (Pairs)_mm512_set1_epi32(pair); }
 // Adds both products of each pair to `so_far`.
 inline Register dot(Register so_far, Pairs a, Pairs b) { return _mm512_dpbf16_ps(so_far, a, b); }
@@ -274,15 +263,6 @@ inline void store(bf16* to, Floats value, Lanes lanes = 0xffff) {
 
 inline Pairs load_pairs(const bf16* from) { return _mm256_loadu_si256((const __m256i*)from); }
 inline void store_pairs(bf16* to, Pairs value) { _mm256_storeu_si256((__m256i*)to, value); }
-inline Pairs load_e4m3(const int8_t* from) {
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xbf80)));
-    const __m256i low = _mm256_castps_si256(_mm256_cvtph_ps(_mm256_castsi256_si128(half)));
-    const __m256i high = _mm256_castps_si256(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)));
-    // bfloat16 has all bits of them
-    const __m256i both = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
-    return _mm256_permute4x64_epi64(both, 0xd8);
-}
 inline Pairs all_pairs(int32_t pair) { return _mm256_set1_epi32(pair); }
 inline Register first_of(Pairs pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 inline Register second_of(Pairs pairs) {

@@ -295,6 +295,10 @@ CASES = {
         quantization={"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", "*mlp.gate"]},
     ),
     "mxfp8": Case(pack=fp8_blocks((1, 32), powers=torch.uint8), quantization={"quant_method": "mxfp8"}),
+    "mxfp8-wide": Case(
+        pack=fp8_blocks((8, 64), powers=torch.float8_e8m0fnu),
+        quantization=_FP8 | {"weight_block_size": [8, 64], "scale_fmt": "ue8m0", "ignored_layers": ["lm_head"]},
+    ),
     "int8-channel": Case(
         pack=int8_channels,
         quantization=_compressed("int-quantized", num_bits=8, type="int", strategy="channel"),

@@ -1,6 +1,7 @@
 #include "products/forms.h"
 
 #include "products/gemm4.h"
+#include "products/gemmf4.h"
 #include "products/gemmf8.h"
 
 namespace emoe {
@@ -32,12 +33,22 @@ void Bits16::multiply(int64_t count, const Row* rows, int64_t depth, const char*
     multiply_chunk(count, rows, depth, (const bf16*)panel, sums, fetch);
 }
 
-void Floats8::prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
+template <bool POWERS> void Floats8<POWERS>::prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
     if (tiles_used) copy_rows(rows, depth, memory);
 }
-int64_t Floats8::panel_bytes(int64_t depth) { return panel_bytes8(depth); }
-void Floats8::multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
-    multiply_chunk_f8(count, rows, depth, (const int8_t*)panel, sums, fetch);
+template <bool POWERS> int64_t Floats8<POWERS>::panel_bytes(int64_t depth) { return panel_bytes8(depth); }
+template <bool POWERS>
+void Floats8<POWERS>::multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
+    if constexpr (POWERS) multiply_chunk_widened(count, rows, depth, PowersPanel{(const int8_t*)panel}, sums, fetch);
+    else multiply_chunk_f8(count, rows, depth, (const int8_t*)panel, sums, fetch);
+}
+
+void Floats4::prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
+    if (tiles_used) copy_rows(rows, depth, memory);
+}
+int64_t Floats4::panel_bytes(int64_t depth) { return panel_bytes_f4(depth); }
+void Floats4::multiply(int64_t count, const Row* rows, int64_t depth, const char* panel, float* sums, bool fetch) {
+    multiply_chunk_widened(count, rows, depth, Floats4Panel(panel), sums, fetch);
 }
 
 void Bits8::prepare(std::vector<Row>& rows, int64_t depth, std::vector<char>& memory) {
@@ -62,6 +73,8 @@ void Bits4<TABLE, HALF>::multiply(int64_t count, const Row* rows, int64_t depth,
     multiply_chunk4<TABLE, HALF>(count, rows, depth, panel, sums, fetch);
 }
 
+template struct Floats8<false>;
+template struct Floats8<true>;
 template struct Bits4<false, false>;
 template struct Bits4<false, true>;
 template struct Bits4<true, false>;

@@ -1,8 +1,10 @@
 // Rounds matrices to 4 bits, packs codes into the panels of gemm4.h, and unpacks them.
 //
 // Outside panels, codes are nibbles [N, K / 2], the lower half of a byte first; scales are [N, groups of 32] in 16 bits; zero
-// points are bytes [N, groups], and there are none for E2M1. K is even.
+// points are bytes [N, groups], and there are none for E2M1. K is even. With scales in E4M3 (gemmf4.h), these are bytes [N, groups
+// of 16], and there is a float32 scale for each of N. K is a multiple of 16.
 #include "products/gemm4.h"
+#include "products/gemmf4.h"
 #include "products/panels.h"
 
 using namespace emoe;
@@ -27,6 +29,22 @@ void walk(char* panel, int64_t depth, bool table, Weight weight, Group group_at)
                 }
             }
         panel += block_bytes4(fines, table);
+    }
+}
+
+// For panels of gemmf4.h: calls weight(c, k, word, shift) for every weight of a panel, and scale(c, group, byte) for every scale.
+template <class Weight, class Scale> void walk_f4(char* panel, int64_t depth, Weight weight, Scale scale) {
+    char* at = panel + kPanel * sizeof(float);
+    for (int64_t begin = 0; begin < depth; begin += kGroup) {
+        const int64_t steps = std::min(kGroup, depth - begin);
+        char* scales = at + words_of_codes(steps) * kPanel * sizeof(uint32_t);
+        for (int64_t c = 0; c < kPanel; ++c) {
+            for (int64_t k = 0; k < steps; ++k)
+                weight(c, begin + k, (uint32_t*)at + k / 8 * kPanel + c, k % 8 / 2 * 4 + k % 2 * 16);
+            for (int64_t group = 0; group < steps / kFloats4Group; ++group)
+                scale(c, begin / kFloats4Group + group, scales + (group / 4 * kPanel + c) * sizeof(uint32_t) + group % 4);
+        }
+        at += words_of_block(steps) * kPanel * sizeof(uint32_t);
     }
 }
 
@@ -145,4 +163,48 @@ extern "C" void emoe_unpack4(const char* packed, int64_t columns, int64_t depth,
                 scales[n * groups4(depth) + group] = *scale;
                 if (!table) zeros[n * groups4(depth) + group] = uint8_t(*zero >> shift & 15);
             });
+}
+
+// Packs codes with scales in E4M3 and a scale of each column.
+extern "C" void emoe_pack_f4(const uint8_t* codes, const uint8_t* scales, const float* each, int64_t columns, int64_t depth,
+                             int64_t parts, int interleaved, char* packed) {
+    const int64_t all = panels(columns / parts) * parts, size = panel_bytes_f4(depth);
+    std::memset(packed, 0, all * size);
+    for (int64_t p = 0; p < all; ++p, packed += size) {
+        int64_t rows[kPanel];
+        for (int64_t c = 0; c < kPanel; ++c) {
+            rows[c] = source(p, c, columns, parts, interleaved);
+            if (rows[c] >= 0) ((float*)packed)[c] = each[rows[c]];
+        }
+        walk_f4(
+            packed, depth,
+            [&](int64_t c, int64_t k, uint32_t* word, int64_t shift) {
+                if (rows[c] >= 0) *word |= uint32_t(codes[(rows[c] * depth + k) / 2] >> k % 2 * 4 & 15) << shift;
+            },
+            [&](int64_t c, int64_t group, char* scale) {
+                if (rows[c] >= 0) *scale = char(scales[rows[c] * (depth / kFloats4Group) + group]);
+            });
+    }
+}
+
+// Does the opposite of emoe_pack_f4. `codes` are zeros at first.
+extern "C" void emoe_unpack_f4(const char* packed, int64_t columns, int64_t depth, int64_t parts, int interleaved,
+                               uint8_t* codes, uint8_t* scales, float* each) {
+    const int64_t all = panels(columns / parts) * parts, size = panel_bytes_f4(depth);
+    char* panel = (char*)packed; // it is read only
+    for (int64_t p = 0; p < all; ++p, panel += size) {
+        int64_t rows[kPanel];
+        for (int64_t c = 0; c < kPanel; ++c) {
+            rows[c] = source(p, c, columns, parts, interleaved);
+            if (rows[c] >= 0) each[rows[c]] = ((const float*)panel)[c];
+        }
+        walk_f4(
+            panel, depth,
+            [&](int64_t c, int64_t k, const uint32_t* word, int64_t shift) {
+                if (rows[c] >= 0) codes[(rows[c] * depth + k) / 2] |= uint8_t((*word >> shift & 15) << k % 2 * 4);
+            },
+            [&](int64_t c, int64_t group, const char* scale) {
+                if (rows[c] >= 0) scales[rows[c] * (depth / kFloats4Group) + group] = uint8_t(*scale);
+            });
+    }
 }

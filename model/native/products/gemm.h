@@ -77,9 +77,9 @@ template <int MOST, class Run> void with_rows(int64_t count, Run run) {
 
 template <int LINES>
 void multiply_some(int64_t count, const bf16* const* rows, int64_t first, int64_t pairs, const bf16* panel,
-                   float* sums, const char* ahead) {
+                   float* sums, bool more, const char* ahead) {
     with_rows<kRows>(count, [&](auto number) {
-        multiply<decltype(number)::value, LINES>(rows, first, pairs, panel, sums, first > 0, ahead);
+        multiply<decltype(number)::value, LINES>(rows, first, pairs, panel, sums, more, ahead);
     });
 }
 
@@ -125,7 +125,7 @@ inline TileRows last_of_rows(int64_t count, TileRows rows, int64_t depth, int64_
 }
 
 inline void multiply_chunk_tiles(int64_t count, const bf16* const* rows, int64_t depth, const bf16* panel, float* sums,
-                                 bool fetch) {
+                                 bool fetch, bool more) {
     thread_local std::vector<bf16> copied;
     TileRows even{(const char*)rows[0], count > 1 ? (const char*)rows[1] - (const char*)rows[0] : kTileBytes};
     if (!evenly_spaced(count, rows)) {
@@ -137,12 +137,12 @@ inline void multiply_chunk_tiles(int64_t count, const bf16* const* rows, int64_t
     for (int64_t first = 0; first < steps; first += kPairs / 16) {
         const TileRows some{even.data + first * kTileBytes, even.stride};
         multiply_steps(count, some, std::min(kPairs / 16, steps - first), panel + first * 32 * kPanel,
-                       sums, first > 0, fetch);
+                       sums, more || first > 0, fetch);
     }
     if (rest > 0) {
         alignas(64) bf16 last_rows[kChunk * 32], last_columns[32 * kPanel] = {};
         std::memcpy(last_columns, panel + steps * 32 * kPanel, rest * kPanel * sizeof(bf16));
-        multiply_steps(count, last_of_rows(count, even, depth, rest, last_rows), 1, last_columns, sums, steps > 0, false);
+        multiply_steps(count, last_of_rows(count, even, depth, rest, last_rows), 1, last_columns, sums, more || steps > 0, false);
     }
     _tile_release();
 }
@@ -150,28 +150,30 @@ inline void multiply_chunk_tiles(int64_t count, const bf16* const* rows, int64_t
 #endif
 
 // Multiplies up to kChunk rows by one panel of a matrix with `depth` columns, an even number: sums [count][64]. If `fetch`
-// is true, the memory behind the panel is prefetched, on the assumption that it is multiplied next.
+// is true, the memory behind the panel is prefetched, on the assumption that it is multiplied next. If `more` is true, the
+// products are added to `sums`.
 inline void multiply_chunk(int64_t count, const bf16* const* rows, int64_t depth, const bf16* panel, float* sums,
-                           bool fetch) {
+                           bool fetch, bool more = false) {
 #ifdef EMOE_TILES
-    if (tiles_used) return multiply_chunk_tiles(count, rows, depth, panel, sums, fetch);
+    if (tiles_used) return multiply_chunk_tiles(count, rows, depth, panel, sums, fetch, more);
 #endif
     const int64_t blocks = (count + kRows - 1) / kRows, piece = piece_pairs(blocks);
     for (int64_t first = 0; first < depth / 2; first += piece) {
         const int64_t pairs = std::min(piece, depth / 2 - first);
+        const bool adding = more || first > 0;
         const char* next = (const char*)(panel + (first + pairs) * 2 * kPanel);
         for (int64_t block = 0, at = 0; block < blocks; ++block) {
             // blocks have about equal sizes, since 4 + 3 rows are faster than 6 + 1
             const int64_t here = count / blocks + (block < count % blocks);
             float* to = sums + at * kPanel;
-            if (!fetch) multiply_some<0>(here, rows + at, first, pairs, panel, to, next);
+            if (!fetch) multiply_some<0>(here, rows + at, first, pairs, panel, to, adding, next);
             // a single pass over the panel waits for memory all the time, so it prefetches a little ahead of itself
-            else if (blocks == 1) multiply_some<4>(here, rows, first, pairs, panel, to, kRegisters == 32 ? next - pairs * 256 + kAhead : next);
+            else if (blocks == 1) multiply_some<4>(here, rows, first, pairs, panel, to, adding, kRegisters == 32 ? next - pairs * 256 + kAhead : next);
             // with several passes, each of them prefetches a share of the next piece
             else if (blocks < 4 && block < 2)
-                multiply_some<2>(here, rows + at, first, pairs, panel, to, next + kFurther + block * pairs * 128);
-            else if (blocks >= 4 && block < 4) multiply_some<1>(here, rows + at, first, pairs, panel, to, next + block * pairs * 64);
-            else multiply_some<0>(here, rows + at, first, pairs, panel, to, next);
+                multiply_some<2>(here, rows + at, first, pairs, panel, to, adding, next + kFurther + block * pairs * 128);
+            else if (blocks >= 4 && block < 4) multiply_some<1>(here, rows + at, first, pairs, panel, to, adding, next + block * pairs * 64);
+            else multiply_some<0>(here, rows + at, first, pairs, panel, to, adding, next);
             at += here;
         }
     }

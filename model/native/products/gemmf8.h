@@ -1,14 +1,17 @@
 // Products of bfloat16 rows with a matrix of 8-bit floats (E4M3).
 //
-// A matrix lies in panels as in gemm8.h, with E4M3 in place of integers. Each has a float32 scale for 128 steps of K of one
-// column. A group of a panel becomes bfloat16, which loses nothing, and all rows are multiplied with it as in gemm.h.
+// A matrix lies in panels as in gemm8.h, with E4M3 in place of integers. A group of a panel becomes bfloat16, which loses nothing,
+// and all rows are multiplied with it as in gemm.h. Scales are of two kinds:
+// - Each 128 steps of K of one column have a float32 scale, by which the sums of the group are multiplied.
+// - Each 32 steps have a power of 2 (E8M0, as in MXFP8). In place of a float32 scale lie the bytes of four powers. They scale the
+//   weights, which loses nothing either, except that weights below 2^-118 may count as 0 (widened.h).
 #pragma once
 
+#include "products/e4m3.h"
 #include "products/gemm8.h"
+#include "products/widened.h"
 
 namespace emoe {
-
-constexpr float kE4m3Scale = 256.f; // what load_e4m3 leaves out
 
 #ifdef EMOE_TILES
 
@@ -131,5 +134,29 @@ inline void multiply_chunk_f8(int64_t count, const bf16* const* rows, int64_t de
         panel += pairs * 2 * kPanel + kPanel * sizeof(float);
     }
 }
+
+// A panel with powers of 2.
+struct PowersPanel {
+    const int8_t* at;
+
+    // Brings the next group to bfloat16, divided by 256: [pairs][64][2]. If `fetch`, the group after the next is prefetched
+    // meanwhile.
+    void widen(int64_t pairs, bf16* wide, bool fetch) {
+        const uint32_t* words = (const uint32_t*)(at + pairs * 2 * kPanel);
+        const char* next = (const char*)at + 2 * kGroupBytes8;
+        for (int64_t first = 0, fine = 0; first < pairs; first += kFine / 2, ++fine) {
+            Powers powers[kPanel / kLanes];
+            for (int64_t c = 0; c < kPanel; c += kLanes) powers[c / kLanes] = load_powers(words + c, int(fine));
+            for (int64_t k = first; k < std::min(pairs, first + kFine / 2); ++k) {
+                if (fetch)
+                    for (int64_t line = 2 * k; line < 2 * k + 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T0);
+                for (int64_t c = 0; c < kPanel; c += kLanes)
+                    store_pairs(wide + (k * kPanel + c) * 2, load_e4m3(at + (k * kPanel + c) * 2, powers[c / kLanes]));
+            }
+        }
+        at = (const int8_t*)(words + kPanel);
+    }
+    Register scale(int64_t) const { return all_lanes(kE4m3Scale); } // of the sums of columns
+};
 
 } // namespace emoe

@@ -34,30 +34,30 @@ extern "C" void emoe_unpack(const uint32_t* packed, int64_t columns, int64_t dep
         }
 }
 
-// Packs an int8 matrix [N, K] with scales [N, groups of K] into the panels of gemm8.h. Columns past the end are zero. K is
-// even.
-extern "C" void emoe_pack8(const int8_t* matrix, const float* scales, int64_t columns, int64_t depth, int64_t parts,
+// Packs a matrix [N, K] of bytes with scales [N, groups of K] into the panels of gemm8.h. Columns past the end are zero. K is
+// even. A scale is a word: a float32, or the bytes of four powers of 2.
+extern "C" void emoe_pack8(const int8_t* matrix, const uint32_t* scales, int64_t columns, int64_t depth, int64_t parts,
                            int interleaved, int8_t* packed) {
     for (int64_t p = 0; p < panels(columns / parts) * parts; ++p)
         for (int64_t g = 0; g < groups(depth); ++g) {
             const int64_t begin = g * kGroup, end = std::min(depth, begin + kGroup);
-            float* to = (float*)(packed + (end - begin) * kPanel);
+            uint32_t* to = (uint32_t*)(packed + (end - begin) * kPanel);
             for (int64_t c = 0; c < kPanel; ++c) {
                 const int64_t n = source(p, c, columns, parts, interleaved);
                 for (int64_t k = begin; k < end; ++k)
                     packed[(k - begin) / 2 * 2 * kPanel + c * 2 + k % 2] = n < 0 ? 0 : matrix[n * depth + k];
-                to[c] = n < 0 ? 0.f : scales[n * groups(depth) + g];
+                to[c] = n < 0 ? 0 : scales[n * groups(depth) + g];
             }
             packed = (int8_t*)(to + kPanel);
         }
 }
 
 extern "C" void emoe_unpack8(const int8_t* packed, int64_t columns, int64_t depth, int64_t parts, int interleaved,
-                             int8_t* matrix, float* scales) {
+                             int8_t* matrix, uint32_t* scales) {
     for (int64_t p = 0; p < panels(columns / parts) * parts; ++p)
         for (int64_t g = 0; g < groups(depth); ++g) {
             const int64_t begin = g * kGroup, end = std::min(depth, begin + kGroup);
-            const float* from = (const float*)(packed + (end - begin) * kPanel);
+            const uint32_t* from = (const uint32_t*)(packed + (end - begin) * kPanel);
             for (int64_t c = 0; c < kPanel; ++c) {
                 const int64_t n = source(p, c, columns, parts, interleaved);
                 if (n < 0) continue;

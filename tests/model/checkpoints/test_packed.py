@@ -72,6 +72,8 @@ FORMS = {
     "fp8-tensor": ExpertForm.FP8,
     "fp8-channel": ExpertForm.FP8,
     "fp8-modelopt": ExpertForm.FP8,
+    "mxfp8": ExpertForm.MXFP8,
+    "mxfp8-wide": ExpertForm.MXFP8,
     "int8-channel": ExpertForm.INT8,
     "int4-symmetric": ExpertForm.INT4,
     "int4-asymmetric": ExpertForm.INT4_HALF,
@@ -79,6 +81,8 @@ FORMS = {
     "gptq": ExpertForm.INT4_HALF,
     "gptq-v2": ExpertForm.INT4_HALF,
     "mxfp4": ExpertForm.MXFP4,
+    "nvfp4": ExpertForm.NVFP4,
+    "nvfp4-compressed": ExpertForm.NVFP4,
 }
 """Formats that are kept as they come; the others are unpacked."""
 
@@ -113,6 +117,8 @@ def test_kept_experts_are_computed(name: str, plain: Path, tmp_path: Path, lib: 
     kept, unpacked = (
         logits_of(Lockstep(path, [4], dtype="bfloat16", expert_dtype=d), prompt) for d in ("auto", "bfloat16")
     )
+    if FORMS[name] is ExpertForm.MXFP8:
+        assert torch.equal(kept, unpacked)
     assert (kept - unpacked).abs().max() < 0.03 * unpacked.abs().max()
 
 
@@ -126,7 +132,15 @@ def logits_of(cluster: Lockstep, prompt: list[int]) -> torch.Tensor:
 
 def dequantized(form: ExpertForm, tensors: dict[str, torch.Tensor], key: str) -> torch.Tensor:
     """[N, K] of the codes, scales and zero points of a matrix."""
-    values, scales = tensors[key], tensors[f"{key}_scale"].float()
+    values, scales = tensors[key], tensors[f"{key}_scale"]
+    if form is ExpertForm.MXFP8:
+        powers = (scales.double() - 127).exp2().float().repeat_interleave(32, 1)
+        return values.view(torch.float8_e4m3fn).float() * powers[:, : values.shape[1]]
+    if form is ExpertForm.NVFP4:
+        codes = torch.stack([values & 15, values >> 4], dim=-1).flatten(1)
+        factors = (scales.view(torch.float8_e4m3fn).float() * tensors[f"{key}_each"]).repeat_interleave(16, 1)
+        return torch.from_numpy(E2M1).float()[codes.int()] * factors
+    scales = scales.float()
     if form.value.endswith("8"):
         numbers = values.view(torch.float8_e4m3fn).float() if form is ExpertForm.FP8 else values.float()
         return numbers * scales.repeat_interleave(128, 1)[:, : numbers.shape[1]]

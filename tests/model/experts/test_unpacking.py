@@ -23,37 +23,51 @@ from tests.model.experts.test_stacked import EXPERTS, KINDS, TOP_K, Experts
 from tests.model.packing import E2M1, E4M3
 
 FORMS = [form for form in ExpertForm if form is not ExpertForm.PLAIN]
+WHOLE_BYTES = (ExpertForm.INT8, ExpertForm.FP8, ExpertForm.MXFP8)
 BF16 = torch.bfloat16
 
 
 def draw(form: ExpertForm, outputs: int, inputs: int, seed: int) -> tuple[Tensors, Tensor]:
     """A matrix of this form by endings of its name, and its weights [N, K], both drawn at random."""
     rng = np.random.default_rng(seed)
-    whole = form in (ExpertForm.INT8, ExpertForm.FP8)
-    group = 128 if whole else 32
+    whole = form in WHOLE_BYTES
+    group = 128 if whole and form is not ExpertForm.MXFP8 else 32
     groups = -(-inputs // group)
     scales = torch.from_numpy(rng.uniform(0.001, 0.02, (outputs, groups))).to(
         {ExpertForm.INT4_HALF: torch.float16}.get(form, torch.float32 if whole else BF16)
     )
+    factors = scales.float().numpy()
+    each = None
+    if form is ExpertForm.NVFP4:
+        group = 16
+        made = rng.choice(np.flatnonzero(np.isfinite(E4M3)), (outputs, inputs // 16)).astype(np.uint8)
+        scales, each = torch.from_numpy(made), rng.uniform(0.001, 0.02, (outputs, 1)).astype(np.float32)
+        factors = E4M3[made].astype(np.float32) * each
+    if form is ExpertForm.MXFP8:
+        powers = rng.integers(100, 140, (outputs, groups)).astype(np.uint8)
+        scales, factors = torch.from_numpy(powers), np.exp2(powers.astype(np.float32) - 127)
     zeros = None
     if form is ExpertForm.INT8:
         codes = rng.integers(-127, 128, (outputs, inputs))
         stored, values = torch.from_numpy(codes.astype(np.int8)), codes.astype(float)
-    elif form is ExpertForm.FP8:
+    elif whole:
         codes = rng.choice(np.flatnonzero(np.isfinite(E4M3)), (outputs, inputs))
         stored, values = torch.from_numpy(codes.astype(np.uint8).view(np.int8)), E4M3[codes]
     else:
         codes = rng.integers(0, 16, (outputs, inputs))
         stored = torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))
         # beside half of the scale, E2M1 counts twice
-        values = 2 * E2M1[codes] if form is ExpertForm.MXFP4 else codes.astype(float)
-        if form is not ExpertForm.MXFP4:
+        values = {ExpertForm.MXFP4: 2 * E2M1[codes], ExpertForm.NVFP4: E2M1[codes]}.get(form, codes.astype(float))
+        if form not in (ExpertForm.MXFP4, ExpertForm.NVFP4):
             zeros = rng.integers(0, 16, (outputs, groups))
             values = values - zeros.repeat(group, 1)[:, :inputs]
-    factors = scales.float().numpy().repeat(group, 1)[:, :inputs]
-    weights = torch.from_numpy(values.astype(np.float32) * factors).to(BF16)
+    weights = torch.from_numpy(values.astype(np.float32) * factors.repeat(group, 1)[:, :inputs]).to(BF16)
     found = {"": stored, int8.SCALE: scales}
-    return (found if zeros is None else found | {int4.ZERO: torch.from_numpy(zeros.astype(np.uint8))}), weights
+    if zeros is not None:
+        found[int4.ZERO] = torch.from_numpy(zeros.astype(np.uint8))
+    if each is not None:
+        found[int4.EACH] = torch.from_numpy(each)
+    return found, weights
 
 
 def expert(module: Experts, form: ExpertForm, seed: int) -> tuple[Tensors, Tensors]:
@@ -95,8 +109,9 @@ def test_a_packed_weight_takes_the_bytes_that_are_counted(form: ExpertForm) -> N
     parts, weights = draw(form, 64, 1024, 0)
     kept = Packing(form, BF16).kept({f"m{ending}": part for ending, part in parts.items()})
     bytes_of_weight = sum(tensor.nbytes for tensor in kept.values()) / weights.numel()
-    assert bytes_of_weight == weight_bytes(form, 2)
-    assert bytes_of_weight / 2 <= (0.52 if form in (ExpertForm.INT8, ExpertForm.FP8) else 0.29)
+    each_bytes = 4 / 1024 if form is ExpertForm.NVFP4 else 0
+    assert bytes_of_weight == weight_bytes(form, 2) + each_bytes
+    assert bytes_of_weight / 2 <= (0.52 if form in WHOLE_BYTES else 0.29)
 
 
 def same_choices(rows: int, held: set[int], seed: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,131 +5,21 @@ from __future__ import annotations
 import ctypes
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic_moe.cluster.expert_forms import ExpertForm, weight_bytes
-from elastic_moe.model.formats.small_floats import E2M1
-from elastic_moe.model.int4 import ZERO
-from elastic_moe.model.int8 import GROUP, SCALE, quantize
+from elastic_moe.model.int4 import NVFP4_GROUP
 from elastic_moe.model.native.experts import Gate, NativeExperts, find_gate
 from elastic_moe.model.native.linear import Packed, round4
+from tests.model.native.forms import FLOATS, GATES, dequantized4, draw, expert, in_8_bits, in_form, module, sizes
 
-FOUR_BITS = (ExpertForm.INT4, ExpertForm.INT4_HALF, ExpertForm.MXFP4)
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-GATES = {
-    "silu": Gate(kind=0, interleaved=False, limit=math.inf, alpha=1.0),
-    "silu-limited": Gate(kind=0, interleaved=False, limit=1.5, alpha=1.5),
-    "gpt-oss": Gate(kind=1, interleaved=True, limit=1.5, alpha=1.75),
-    "halves": Gate(kind=1, interleaved=False, limit=1.5, alpha=1.75),
-    "gelu": Gate(kind=2, interleaved=False, limit=math.inf, alpha=1.0),
-    "relu2": Gate(kind=3, interleaved=False, limit=math.inf, alpha=1.0),
-}
-
-
-def module(gate: Gate | None, experts: int, *, transposed: bool = False, **constants: float) -> Any:
-    """A module with those parts of an expert module that a test needs."""
-    made: Any = nn.Module()
-    made.has_gate, made.is_transposed, made.num_experts = getattr(gate, "kind", 0) != 3, transposed, experts
-    made._apply_gate = made.act_fn = gate
-    for name, value in constants.items():
-        setattr(made, name, value)
-    return made
-
-
-def draw(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
-
-
-def expert(
-    seed: int, hidden: int, width: int, *, biased: bool, transposed: bool, gate: str = "silu"
-) -> dict[str, Tensor]:
-    first, parts = GATES[gate].first, GATES[gate].parts
-    tensors = {
-        first: draw(seed, parts * width, hidden, scale=hidden**-0.5),
-        "down_proj": draw(seed + 1, hidden, width, scale=width**-0.5),
-    }
-    if transposed:
-        tensors = {name: matrix.T.contiguous() for name, matrix in tensors.items()}
-    if biased:
-        tensors |= {f"{first}_bias": draw(seed + 2, parts * width), "down_proj_bias": draw(seed + 3, hidden)}
-    return tensors
-
-
-def dequantized(values_NK: Tensor, scales_NG: Tensor) -> Tensor:
-    """[N, K] in float32."""
-    return values_NK.float() * scales_NG.repeat_interleave(GROUP, dim=1)[:, : values_NK.shape[1]]
-
-
-def dequantized4(codes: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None) -> Tensor:
-    """[N, K] in float32."""
-    numbers = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)
-    scales = scales_NG.float().repeat_interleave(32, dim=1)[:, : numbers.shape[1]]
-    if zeros_NG is None:
-        # scales of E2M1 are kept halved
-        return torch.tensor(E2M1)[numbers.int()] * 2 * scales
-    return (numbers.float() - zeros_NG.repeat_interleave(32, dim=1)[:, : numbers.shape[1]]) * scales
-
-
-def in_form(
-    lib: ctypes.CDLL, form: ExpertForm, tensors: dict[str, Tensor], transposed: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The expert as it may come to a layer that keeps `form`, and the expert that it stands for then."""
-    comes: dict[str, Tensor] = {}
-    meant: dict[str, Tensor] = {}
-    random = torch.Generator().manual_seed(0)
-    for name, tensor in tensors.items():
-        comes[name] = meant[name] = tensor
-        if tensor.dim() != 2 or form is ExpertForm.PLAIN:
-            continue
-        matrix = tensor.T.contiguous() if transposed else tensor
-        if form is ExpertForm.INT8:
-            values = dequantized(*quantize(matrix))
-        elif form is ExpertForm.FP8:
-            fp8 = (matrix * 64).to(torch.float8_e4m3fn)
-            scales = torch.rand(len(matrix), -(-matrix.shape[1] // GROUP), generator=random) / 32
-            comes |= {name: fp8.view(torch.int8), name + SCALE: scales}
-            values = dequantized(fp8, scales)
-        else:
-            zeros: Tensor | None
-            codes, scales, zeros = round4(lib, matrix)
-            if form is ExpertForm.MXFP4:
-                scales = torch.randint(-8, -5, scales.shape, generator=random).float().exp2().bfloat16()
-                zeros = None
-            if form is ExpertForm.INT4_HALF:
-                scales = scales.half()
-            if form is not ExpertForm.INT4:  # these come from checkpoints only
-                comes |= {name: codes, name + SCALE: scales} | ({} if zeros is None else {name + ZERO: zeros})
-            values = dequantized4(codes, scales, zeros)
-        meant[name] = values.T if transposed else values
-    return comes, meant
-
-
-def in_8_bits(rows: Tensor, form: ExpertForm) -> Tensor:
-    """Rows [R, K] as products with weights in 8 or 4 bits take them: integers times a scale for each 32 inputs.
-
-    For weights in 4 bits the scale is that of the largest input (rows4.h). For 8 bits it is a number of eighths of the
-    scale of 128 inputs (rows8.h).
-    """
-    # PyTorch divides a number by a tensor by a reciprocal, which ends otherwise just between two integers
-    largest, all_factors = torch.tensor(127.0), torch.tensor(127.0 * 8)
-    groups = nn.functional.pad(rows.float(), (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, 4, 32))
-    most = groups.abs().amax(-1, keepdim=True)
-    if form is ExpertForm.INT8:
-        together = most.amax(2, keepdim=True)
-        factor = torch.where(together > 0, most / together * 8, 0).ceil().clamp(min=1)
-        whole = torch.where(together > 0, groups * (all_factors / together / factor), 0).round() * factor
-        scale = together / all_factors
-    else:
-        whole, scale = torch.where(most > 0, groups * (largest / most), 0).round(), most / largest
-    return (whole.double() * scale.double()).flatten(1)[:, : rows.shape[1]]
 
 
 def reference(
@@ -145,7 +35,7 @@ def reference(
 
     def linear(rows: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
         matrix = tensors[name].double()
-        taken = rows.double() if form in (ExpertForm.PLAIN, ExpertForm.FP8) else in_8_bits(rows, form)
+        taken = rows.double() if form in FLOATS else in_8_bits(rows, form)
         out = taken @ (matrix if transposed else matrix.T)
         return (out + tensors[f"{name}_bias"].double() if f"{name}_bias" in tensors else out).bfloat16()
 
@@ -167,8 +57,7 @@ def routing(seed: int, rows: int, top_k: int, held: list[int], experts: int) -> 
 
 @given(
     rows=st.integers(0, 300),
-    hidden=st.integers(1, 100).map(lambda half: 2 * half),
-    width=st.integers(1, 80).map(lambda half: 2 * half),
+    halves=st.tuples(st.integers(1, 100), st.integers(1, 80)),
     gate=st.sampled_from(sorted(GATES)),
     biased=st.booleans(),
     transposed=st.booleans(),
@@ -179,14 +68,15 @@ def routing(seed: int, rows: int, top_k: int, held: list[int], experts: int) -> 
 def test_sums_are_right(
     lib: ctypes.CDLL,
     rows: int,
-    hidden: int,
-    width: int,
+    halves: tuple[int, int],
     gate: str,
     biased: bool,
     transposed: bool,
     held: list[int],
     form: ExpertForm,
 ) -> None:
+    least = NVFP4_GROUP if form is ExpertForm.NVFP4 else 2
+    hidden, width = (-(-2 * half // least) * least for half in halves)
     native = NativeExperts(lib, module(GATES[gate], 8, transposed=transposed), GATES[gate], form)
     experts = {}
     for e in held:
@@ -202,7 +92,7 @@ def test_sums_are_right(
     # A value that lies near the middle of two bfloat16 numbers may be rounded either way: of each expert's hidden
     # values some differ by 2^-8, of its outputs and of the sum too. Weights are below 1, values some units large.
     # Rows that are rounded to integers add to that: the largest of 40,000 differences seen was 1.2 times 2^-6.
-    tolerance = 2**-6 if form in (ExpertForm.PLAIN, ExpertForm.FP8) else 2**-5
+    tolerance = 2**-6 if form in FLOATS else 2**-5
     assert ((got - expected).abs() <= tolerance * (expected.abs() + 1)).all()
     assert native.held() == set(held)
 
@@ -213,10 +103,10 @@ def test_a_row_does_not_depend_on_its_company(
     lib: ctypes.CDLL, rows: int, form: ExpertForm, data: st.DataObject
 ) -> None:
     """Also where a matrix is multiplied with many rows in another way than with few."""
-    native = NativeExperts(lib, module(None, 4), GATES["silu"], form)
+    native, (hidden, width) = NativeExperts(lib, module(None, 4), GATES["silu"], form), sizes(form)
     for e in range(4):
-        native.put(e, in_form(lib, form, expert(e, 296, 168, biased=False, transposed=False), False)[0])
-    x, (index, weight) = draw(1, rows, 296), routing(2, rows, 2, [0, 1, 2, 3], 4)
+        native.put(e, in_form(lib, form, expert(e, hidden, width, biased=False, transposed=False), False)[0])
+    x, (index, weight) = draw(1, rows, hidden), routing(2, rows, 2, [0, 1, 2, 3], 4)
     together = native.forward(x, index, weight)
     some = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=9))
     assert torch.equal(native.forward(x[some], index[some], weight[some]), together[some])
@@ -254,7 +144,7 @@ def test_a_copy_in_few_bits_is_not_rounded_again(
     lib: ctypes.CDLL, gate: str, transposed: bool, form: ExpertForm
 ) -> None:
     stores = [NativeExperts(lib, module(None, 1, transposed=transposed), GATES[gate], form) for _ in range(2)]
-    comes, _ = in_form(lib, form, expert(0, 270, 66, biased=True, transposed=transposed), transposed)
+    comes, _ = in_form(lib, form, expert(0, *sizes(form), biased=True, transposed=transposed), transposed)
     stores[0].put(0, comes)
     sent = stores[0].get(0)
     if not comes["down_proj"].is_floating_point():
@@ -273,7 +163,8 @@ def test_memory_is_that_of_the_form(lib: ctypes.CDLL, form: ExpertForm) -> None:
     native = NativeExperts(lib, module(None, 1), GATES["silu"], form)
     native.put(0, in_form(lib, form, expert(0, 768, 256, biased=False, transposed=False), False)[0])
     weights = 3 * 768 * 256
-    assert native.nbytes == weights * weight_bytes(form, 2)
+    each_bytes = 4 * (2 * 256 + 768) if form is ExpertForm.NVFP4 else 0
+    assert native.nbytes == weights * weight_bytes(form, 2) + each_bytes
     if form.value.endswith(("4", "4-float16")):
         assert native.nbytes <= 0.29 * 2 * weights
     held = native._held[0]

@@ -1,5 +1,7 @@
 """The parts of the library for different CPUs compute the same: AVX2, AVX-512, and the matrix unit.
 
+Sums of floats differ in their last bits. Sums of integers are exact.
+
 This machine's library is compared with one compiled for AVX2 alone, and with itself while it does not use the unit. On
 a machine without the unit its instructions are emulated (emulated_tiles.h).
 """
@@ -23,7 +25,7 @@ from elastic_moe.model.int8 import quantize
 from elastic_moe.model.native.attention import Rules, attend_apart
 from elastic_moe.model.native.block import Norm
 from elastic_moe.model.native.experts import NativeExperts
-from elastic_moe.model.native.linear import linear, pack, pack4, pack8, round4
+from elastic_moe.model.native.linear import linear, pack, pack4, pack8, pack_nvfp4, round4
 from elastic_moe.model.rms_norm import LayerNorm
 from elastic_moe.model.states.recurrent import (
     DeltaInputs,
@@ -33,7 +35,9 @@ from elastic_moe.model.states.recurrent import (
     delta_rule,
     selective_update,
 )
-from tests.model.native.test_experts import GATES, draw, expert, in_form, module, routing
+from tests.model.native import forms
+from tests.model.native.forms import FLOATS, GATES, draw, expert, in_form, module, sizes
+from tests.model.native.test_experts import routing
 from tests.paths import ROOT
 
 library_module = import_module("elastic_moe.model.native.library")
@@ -50,8 +54,6 @@ SOURCES = (
     "states/delta.cpp",
     "states/mamba2.cpp",
 )
-FLOATS = (ExpertForm.PLAIN, ExpertForm.FP8)
-"""Forms whose sums are of floats, which differ in their last bits. Sums of integers are exact."""
 NEITHER, OFF, ON = -1, 0, 1
 """Arguments of `emoe_tiles`."""
 
@@ -111,9 +113,9 @@ def near(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= 2**-6 * (one.abs().max() + 1))
 
 
-def choices() -> tuple[Tensor, Tensor, Tensor]:
+def choices(form: ExpertForm) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, and their experts with weights: one expert has many rows, and the others few."""
-    x, (index, weight) = draw(1, 90, 296), routing(2, 90, 2, [0, 1, 2], 3)
+    x, (index, weight) = draw(1, 90, sizes(form)[0]), routing(2, 90, 2, [0, 1, 2], 3)
     index[30:, 0] = index[30:, 1] = -1
     index[60:, 0] = 1
     return x, index, weight
@@ -122,7 +124,7 @@ def choices() -> tuple[Tensor, Tensor, Tensor]:
 def experts(lib: ctypes.CDLL, form: ExpertForm) -> NativeExperts:
     made = NativeExperts(lib, module(None, 3), GATES["silu"], form)
     for e in range(3):
-        made.put(e, in_form(lib, form, expert(e, 296, 168, biased=True, transposed=False), False)[0])
+        made.put(e, in_form(lib, form, expert(e, *sizes(form), biased=True, transposed=False), False)[0])
     return made
 
 
@@ -131,7 +133,7 @@ def test_experts_have_the_same_bits_with_avx2(lib: ctypes.CDLL, avx2: ctypes.CDL
     one, other = experts(lib, form), NativeExperts(avx2, module(None, 3), GATES["silu"], form)
     for e in range(3):
         other.put(e, one.get(e))
-    outputs = [half.forward(*choices()).float() for half in (one, other)]
+    outputs = [half.forward(*choices(form)).float() for half in (one, other)]
     assert near(*outputs) if form in FLOATS else torch.equal(*outputs)
 
 
@@ -151,7 +153,7 @@ def test_few_and_many_rows_have_the_same_bits_with_avx2(
 def test_experts_have_the_same_bits_without_the_matrix_unit(
     tiles: ctypes.CDLL, both: Callable[[Callable[[], Tensor]], tuple[Tensor, Tensor]], form: ExpertForm
 ) -> None:
-    held, (x, index, weight) = experts(tiles, form), choices()
+    held, (x, index, weight) = experts(tiles, form), choices(form)
     together = both(lambda: held.forward(x, index, weight))
     assert near(*together) if form in FLOATS else torch.equal(*together)
     some = torch.tensor([3, 29, 89])
@@ -193,6 +195,60 @@ def test_products_with_4_bits_have_the_same_bits_everywhere(
     x, matrix, bias = draw(1, rows, depth), (codes, scales, None if form is ExpertForm.MXFP4 else zeros), draw(3, 200)
     outputs = [linear(x, pack4(half, *matrix, form), bias) for half in (lib, avx2, tiles)]
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("form", [ExpertForm.MXFP8, ExpertForm.NVFP4])
+@pytest.mark.parametrize(("rows", "depth"), [(1, 16), (3, 128), (16, 176), (17, 304), (32, 512), (101, 4400)])
+def test_products_with_exact_scales_have_the_bits_of_unpacked_ones(
+    lib: ctypes.CDLL, avx2: ctypes.CDLL, tiles: ctypes.CDLL, form: ExpertForm, rows: int, depth: int
+) -> None:
+    """By each kind of CPU, for any number of rows. Columns have scales of all sizes that leave numbers normal."""
+    random = torch.Generator().manual_seed(rows)
+    if form is ExpertForm.NVFP4:
+        codes, scales, each = forms.draw_nvfp4(random, 80, depth)
+        scales[:40] = torch.arange(40 * scales.shape[1]).view(40, -1) % 255
+        scales[scales & 127 == 127] = 0  # not a number
+        each = each.log2().round().exp2()
+        weights = forms.times_scales(codes, scales, each)
+    else:
+        codes = torch.randint(0, 256, (80, depth), generator=random, dtype=torch.uint8)
+        codes[codes & 127 == 127] = 128  # not a number
+        scales = torch.randint(110, 140, (80, -(-depth // 32)), generator=random, dtype=torch.uint8)
+        scales[20:40], scales[40:60] = 60, 246
+        scales[60:70], codes[60:70] = 254, codes[60:70] & 0x8F  # below 2^-5
+        scales[70:], codes[70:] = 0, codes[70:] & 0x80
+        weights = forms.times_powers(codes.view(torch.float8_e4m3fn), scales)
+    assert torch.equal(weights.bfloat16().float(), weights)
+    x = draw(1, rows, depth, scale=2**-20)
+
+    def check(half: ctypes.CDLL) -> Tensor:
+        if form is ExpertForm.NVFP4:
+            packed = pack_nvfp4(half, codes, scales, each)
+        else:
+            packed = pack8(half, codes.view(torch.int8), scales, form)
+        found = linear(x, packed, None)
+        assert torch.equal(found, linear(x, pack(half, weights.bfloat16()), None))
+        assert torch.equal(linear(x[-1:], packed, None), found[-1:])
+        return found
+
+    without = check(lib)
+    check(avx2)
+    check(tiles)
+    tiles.emoe_tiles(OFF)
+    assert torch.equal(check(tiles), without)
+    tiles.emoe_tiles(ON)
+
+
+def test_only_weights_below_2_to_the_minus_118_may_count_as_0(lib: ctypes.CDLL, avx2: ctypes.CDLL) -> None:
+    codes = torch.randint(0, 127, (64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes[::2] = codes[::2] % 9
+    powers = torch.arange(32, dtype=torch.uint8).repeat(2)[:, None].repeat(1, 2)
+    x = torch.ones(3, 64, dtype=torch.bfloat16)
+    weights = forms.times_powers(codes.view(torch.float8_e4m3fn), powers).double()
+    most, least = weights.sum(1), torch.where(weights < 2.0**-118, 0, weights).sum(1)
+    for half in (lib, avx2):
+        got = linear(x, pack8(half, codes.view(torch.int8), powers, ExpertForm.MXFP8), None).double()
+        assert ((got <= most * (1 + 2**-8)) & (got >= least * (1 - 2**-8))).all()
 
 
 @pytest.mark.parametrize(("queries", "key_size", "value_size"), [(1, 64, 64), (40, 128, 80), (40, 24, 16)])

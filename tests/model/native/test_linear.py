@@ -19,11 +19,12 @@ from elastic_moe.model.native.linear import (
     pack,
     pack4,
     pack8,
+    pack_nvfp4,
     round4,
     rows,
     unpack,
 )
-from tests.model.native.test_experts import FOUR_BITS, in_8_bits
+from tests.model.native.forms import FOUR_BITS, draw_nvfp4, draw_powers, in_8_bits
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 200), st.integers(1, 150).map(lambda half: 2 * half))
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -103,6 +104,11 @@ def in_narrow_form(lib: ctypes.CDLL, form: ExpertForm, weight: torch.Tensor) -> 
     if form is ExpertForm.FP8:
         scales = torch.rand(len(weight), -(-weight.shape[1] // GROUP))
         return pack8(lib, weight.to(torch.float8_e4m3fn).view(torch.int8), scales, form)
+    if form is ExpertForm.MXFP8:
+        powers = draw_powers(torch.Generator().manual_seed(0), *weight.shape)
+        return pack8(lib, weight.to(torch.float8_e4m3fn).view(torch.int8), powers, form)
+    if form is ExpertForm.NVFP4:
+        return pack_nvfp4(lib, *draw_nvfp4(torch.Generator().manual_seed(0), *weight.shape))
     codes, scales, zeros = round4(lib, weight)
     if form is ExpertForm.INT4_HALF:
         scales = scales.half()
@@ -112,7 +118,7 @@ def in_narrow_form(lib: ctypes.CDLL, form: ExpertForm, weight: torch.Tensor) -> 
 @pytest.mark.parametrize("form", FORMS)
 def test_any_number_of_rows_has_the_bits_of_single_rows(lib: ctypes.CDLL, form: ExpertForm) -> None:
     """Each number of rows up to two tiles and more is code of its own. The depth is more than one piece of a panel."""
-    x, packed = draw(1, 30, 4096 + 300), in_narrow_form(lib, form, draw(2, 70, 4096 + 300))
+    x, packed = draw(1, 30, 4096 + 304), in_narrow_form(lib, form, draw(2, 70, 4096 + 304))
     alone = torch.cat([linear(x[i : i + 1], packed, None) for i in range(len(x))])
     for count in range(2, len(x) + 1):
         assert torch.equal(linear(x[:count], packed, None), alone[:count]), count

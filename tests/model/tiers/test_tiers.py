@@ -25,6 +25,7 @@ from tests.model.families import tiny_checkpoint
 from tests.model.groups import run_group
 from tests.model.lockstep import Lockstep, request
 from tests.model.native.test_models import LENGTHS, logits, texts
+from tests.model.packing import CASES, pack_checkpoint
 
 
 def all_logits(cluster: Lockstep) -> list[torch.Tensor]:
@@ -56,6 +57,8 @@ def tokens(cluster: Lockstep) -> dict[str, list[int]]:
         ("qwen3_moe", "bfloat16", "auto", (8,)),
         ("gpt_oss", "bfloat16", "auto", (4, 4)),
         ("qwen3_moe", "bfloat16", "int8", (8,)),
+        ("qwen3_moe in mxfp8", "bfloat16", "auto", (8,)),
+        ("qwen3_moe in nvfp4", "bfloat16", "auto", (8,)),
     ],
 )
 def test_logits_have_the_same_bits_wherever_experts_lie(
@@ -66,9 +69,12 @@ def test_logits_have_the_same_bits_wherever_experts_lie(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    if expert_dtype == "int8" and unavailable() is not None:
+    family, _, packed = family.partition(" in ")
+    if (packed or expert_dtype == "int8") and unavailable() is not None:
         pytest.skip(f"no native library: {unavailable()}")
     path = tiny_checkpoint(family, tmp_path_factory)
+    if packed:
+        path, _ = pack_checkpoint(path, tmp_path / "checkpoint", CASES[packed])
     more = {"dtype": dtype, "expert_dtype": expert_dtype, "block_size": 16, "max_num_batched_tokens": 128}
     expected = all_logits(Lockstep(path, slots, **more))[0]  # type: ignore[arg-type]
     for pinned, cache_slots in ((0, 1), (slots[0] // 2, 1)):

@@ -14,7 +14,7 @@ from elastic_moe.cluster.fit import CodePath, FitNotes
 from elastic_moe.model.int8 import quantize
 from elastic_moe.model.trunk.linear import PackedLinear
 from elastic_moe.model.trunk.tied import pack_tied
-from tests.model.native.test_experts import in_8_bits
+from tests.model.native.forms import in_8_bits
 
 
 class Scaled(nn.Embedding):
