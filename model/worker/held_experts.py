@@ -74,8 +74,8 @@ class HeldExperts:
         """Made for the first group that shares this worker's GPU, since its memory is kept."""
         self.shared: SharedGpu | None = None
         """The same while such a group is in force."""
-        if self._device.type == "cuda" and spec.gpu_workers == 1:
-            # copies go through the host's memory, to workers of other GPUs
+        if self._device.type == "cuda":
+            # for copies to workers of other GPUs, and to those that join
             pin_ahead(AT_ONCE_ON_GPUS)
 
     def held(self) -> tuple[tuple[int, ...], ...]:
