@@ -219,7 +219,9 @@ def test_packed_experts_stay_packed_and_compute_as_unpacked_ones(
     assert kept == plain
     assert len(kept) == 9
     assert kept_waits == waits
-    assert kept_bytes / plain_bytes < (0.52 if form.value.endswith("8") else 0.29)
+    # the scales of outputs count in matrices as small as these
+    most = {ExpertForm.FP8: 0.52, ExpertForm.MXFP8: 0.52, ExpertForm.INT8: 0.52, ExpertForm.NVFP4: 0.3}.get(form, 0.29)
+    assert kept_bytes / plain_bytes < most
     assert kept_dtypes & {"int8", "uint8"}
     assert dtypes == {"bfloat16"}
 
