@@ -3,7 +3,7 @@
     (this folder)  what several rooms use: int8, int4, records of experts, copies to devices, block tables, the
                    formula of norms, how graphs are recorded in pieces; and all uses of private functions of torch
                    and transformers
-    formats/       reads packed weights: FP8, INT4, AWQ, GPTQ, MXFP4, MXFP8 and others
+    formats/       reads packed weights: FP8, INT4, AWQ, GPTQ, MXFP4 and others
     grammars/      which tokens a request's grammar allows next
     native/        kernels in C++ for bfloat16 on CPU
     gpu/           kernels in Triton for bfloat16 on GPUs
