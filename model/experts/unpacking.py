@@ -4,10 +4,15 @@ A weight gets the bits that it has where it is unpacked when it is loaded: code 
 served dtype. In the stacks lie the tensors of model/int8.py and model/int4.py as they are, except that zero points lie
 two in a byte.
 
+Kernels (model/gpu/packed.py) unpack in one pass. Without them torch's operators do, which takes ten passes.
+
 Legend: S slots, A active slots, N outputs, K inputs, G groups of inputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +22,21 @@ from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model import int4, int8
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.formats.small_floats import E2M1
+from elastic_moe.model.gpu.refusals import gpu_refusal
+from elastic_moe.model.gpu.stacks import Code, Stack
 
 PIECE = 1 << 24
-"""Weights that are unpacked at a time, each of which takes up to WORK_BYTES meanwhile. A larger matrix is one piece."""
+"""Weights that torch's operators unpack at a time, each of which takes up to WORK_BYTES meanwhile. A larger matrix is
+one piece."""
 WORK_BYTES = 12
 _WHOLE_BYTES = frozenset({ExpertForm.INT8, ExpertForm.FP8})
+_CODES: Mapping[ExpertForm, Code] = {
+    ExpertForm.INT8: "int8",
+    ExpertForm.FP8: "e4m3",
+    ExpertForm.INT4: "uint4",
+    ExpertForm.INT4_HALF: "uint4",
+    ExpertForm.MXFP4: "e2m1",
+}
 
 
 class Packing:
@@ -34,6 +49,8 @@ class Packing:
         self._group = int8.GROUP if form in _WHOLE_BYTES else int4.GROUP
         self._pairs: dict[torch.device, Tensor] = {}
         """[256, 2] the two weights of a byte, by device: a step may not bring them there."""
+        self.kernels: ModuleType | None = None
+        """model/gpu/packed.py, where it can be used: it unpacks what lies on a GPU."""
 
     def kept(self, tensors: Tensors) -> Tensors:
         """One expert as it lies in the stacks. `tensors` are codes as they are loaded, or what this returned before."""
@@ -51,11 +68,23 @@ class Packing:
         """Inputs of a matrix of codes [..., N, K] or [..., N, K/2]."""
         return matrix.shape[-1] * (1 if self.form in _WHOLE_BYTES else 2)
 
+    def stack(self, stacks: Tensors, name: str) -> Stack:
+        """The packed matrices of this name, for kernels."""
+        return Stack(
+            codes=stacks[name],
+            scales=stacks[name + int8.SCALE],
+            zeros=stacks.get(name + int4.ZERO),
+            code=_CODES[self.form],
+            group=self._group,
+        )
+
     def weights(self, stacks: Tensors, name: str, chosen_A: Tensor | None = None) -> Tensor:
         """The matrices of this name in all slots, or in the chosen ones: [A, N, K]. The CPU waits for nothing."""
-        parts = [stacks[name], stacks[name + int8.SCALE]]
-        if (zeros := stacks.get(name + int4.ZERO)) is not None:
-            parts.append(zeros)
+        stack = self.stack(stacks, name)
+        if self.kernels is not None and stack.codes.device.type == "cuda":
+            unpacked: Tensor = self.kernels.unpack(stack, chosen_A, self.dtype)
+            return unpacked
+        parts = [part for part in (stack.codes, stack.scales, stack.zeros) if part is not None]
         count = len(parts[0]) if chosen_A is None else len(chosen_A)
         outputs, inputs = parts[0].shape[1], self.inputs(parts[0])
         out = torch.empty(count, outputs, inputs, dtype=self.dtype, device=parts[0].device)
@@ -83,6 +112,11 @@ class Packing:
         if zeros is not None:
             values = values.sub_(torch.stack((zeros & 15, zeros >> 4), -1).flatten(-2)[..., :groups, None].float())
         return values.mul_(scales[..., None].float()).flatten(-2)[..., :inputs]
+
+
+def work_bytes(dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that a step takes to unpack experts, beside the buffer for them."""
+    return 0 if gpu_refusal(dtype, device) is None else PIECE * WORK_BYTES
 
 
 def active_slots(end_S: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
