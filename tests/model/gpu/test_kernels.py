@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.unpacking import Packing
 from elastic_moe.model.gpu.stacks import Stack
 from elastic_moe.model.int8 import SCALE
@@ -19,6 +20,7 @@ from elastic_moe.model.native.attention import Rules
 from elastic_moe.model.rms_norm import RmsNorm
 from elastic_moe.model.trunk import flash
 from elastic_moe.model.trunk.attention_path import KVShape
+from tests.model.experts.test_stacked import EXPERTS, KINDS, Experts, choices
 from tests.model.experts.test_unpacking import FORMS
 from tests.model.experts.test_unpacking import draw as drawn_matrix
 
@@ -143,7 +145,10 @@ def packed_stacks(form: ExpertForm, slots: int, sizes: dict[str, tuple[int, int]
         drawn: Tensors = {}
         for name, (outputs, inputs) in sizes.items():
             parts, _ = drawn_matrix(form, outputs, inputs, 10 * slot + len(drawn))
-            if INTERPRETED and parts[SCALE].dtype != torch.uint8:
+            if parts[SCALE].dtype == torch.uint8:
+                # powers of 2 by their exponents: from 2^-17 to 2^-6
+                parts[SCALE] = parts[SCALE] % 12 + 110
+            elif INTERPRETED:
                 parts[SCALE] = parts[SCALE].float().log2().round().exp2().to(parts[SCALE].dtype)
             drawn |= {name + ending: part.to(DEVICE) for ending, part in parts.items()}
         kept.append(packing.kept(drawn))
@@ -182,6 +187,28 @@ def test_few_pairs_of_packed_experts_give_the_bits_of_unpacked_ones(
     assert torch.equal(got, want)
     assert got.isfinite().all()
     assert got.any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of rows that were not computed and hold any numbers
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_a_layer_of_packed_experts_gives_the_bits_of_unpacked_ones(form: ExpertForm, rows: int) -> None:
+    """In steps of few pairs and of many, with fewer pairs than slots, before and after experts have changed slots."""
+    module = Experts(**KINDS["plain"], hidden=128, width=64).to(DEVICE)
+    sizes = {"gate_up_proj": (128, 128), "down_proj": (128, 64)}
+    packing, stacks = packed_stacks(form, EXPERTS, sizes)
+    packed_layer = StackedExperts(module, kernels=True, packing=Packing(form, torch.bfloat16))
+    plain_layer = StackedExperts(module, kernels=True)
+    for held in ({0, 2, 3, 5}, {1, 2, 3, 4, 5}):
+        for expert in held - packed_layer.held():
+            packed_layer.put(expert, {name: stack[expert] for name, stack in stacks.items()}, borrowed=True)
+            plain_layer.put(expert, {name: packing.weights(stacks, name)[expert] for name in sizes}, borrowed=True)
+        packed_layer.keep_only(held)
+        plain_layer.keep_only(held)
+        x, index, weight = (t.to(DEVICE) for t in choices(rows, frozenset(held), rows, 128))
+        got, want = (layer.forward(x.bfloat16(), index, weight) for layer in (packed_layer, plain_layer))
+        assert torch.equal(got, want)
+        assert got.any()
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (96, 64), (256, 128)])
