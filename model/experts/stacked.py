@@ -9,7 +9,7 @@ changes, the layer's stacks are made anew, one parameter at a time.
 Slots are written on the device's default stream, which runs operations in the order in which they were launched. What
 other threads read and bring runs beside it (staging.py). A flip changes many slots of all layers while no step runs, so
 `keep_together` launches their copies as one, and sends all tables at once. Packed experts lie packed in the stacks
-(unpacking.py).
+(unpacking.py), where kernels for few rows read them.
 
 Legend: R rows (tokens sent to this worker), H hidden, F expert width, K experts per token, N = R*K (row, choice) pairs,
 S slots, E logical experts, X = E + 1.
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.unpacking import Packing, active_slots
+from elastic_moe.model.gpu.stacks import Stack
 from elastic_moe.model.native.experts import find_gate
 from elastic_moe.model.staging import beside_steps, passed, recorded, to_device
 from elastic_moe.model.torch_private import copy_all
@@ -74,14 +75,16 @@ class StackedExperts:
         self._gate: Gated | None = None
         if kernels:
             # Triton, which they need, is there only with torch for CUDA
-            from elastic_moe.model.gpu import few, pairs, rows
+            from elastic_moe.model.gpu import few, packed, pairs, rows
 
             self._pairs = pairs
+            if packing is not None:
+                packing.kernels = packed
             gate = find_gate(module)
             if gate is not None and gate.kind == 0 and not gate.interleaved and math.isinf(gate.limit):
                 self._gate = rows.silu_gate
-                # it reads matrices where they lie
-                self._few = None if module.is_transposed or packing is not None else few
+                # it reads matrices where they lie, packed ones too
+                self._few = None if module.is_transposed else few
         self._lock = threading.Lock()
         self._slots = Slots()
         self._beside: dict[int, Tensors] = {}
@@ -199,7 +202,7 @@ class StackedExperts:
             return torch.zeros_like(x_RH)
         biased = any(name.endswith("_bias") for name in slots.stacks)
         if self._few is not None and index_RK.numel() <= self._few.MOST_PAIRS and not biased:
-            stacks = slots.stacks["gate_up_proj"], slots.stacks["down_proj"]
+            stacks = [self._stack(slots.stacks, name) for name in ("gate_up_proj", "down_proj")]
             few_RH: Tensor = self._few.run_few(*stacks, slots.slot_X, x_RH, index_RK, weight_RK)
             return few_RH
         if self._pairs is not None:
@@ -219,6 +222,9 @@ class StackedExperts:
         x_NH = x_RH.index_select(0, order_N.div(choices, rounding_mode="floor"))
         y_NH = self._run(slots.stacks, x_NH, sorted_N.clamp(max=size - 1), end_S)
         return weighted_sum(y_NH, order_N, slot_N == size, weight_RK).to(x_RH.dtype)
+
+    def _stack(self, stacks: Tensors, name: str) -> Stack:
+        return Stack(codes=stacks[name]) if self.packing is None else self.packing.stack(stacks, name)
 
     def _run(self, stacks: Tensors, x_NH: Tensor, slot_N: Tensor | None, end_S: Tensor) -> Tensor:
         """Run rows, which are sorted by slot, through their experts. Only biases need `slot_N`."""

@@ -2,12 +2,18 @@
 
 A weight gets the bits that it has where it is unpacked when it is loaded: code by scale in float32, rounded once to the
 served dtype. In the stacks lie the tensors of model/int8.py and model/int4.py as they are, except that zero points lie
-two in a byte. MXFP8 has bytes of E4M3 with a byte of E8M0 for every 32.
+two in a byte. MXFP8 has bytes of E4M3 with a byte of E8M0 for every 32, and NVFP4 has two codes of E2M1 in a byte, a
+byte of E4M3 for every 16, and a float32 for each output.
+
+Kernels (model/gpu/packed.py) unpack in one pass. Without them torch's operators do, which takes ten passes.
 
 Legend: S slots, A active slots, N outputs, K inputs, G groups of inputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +23,25 @@ from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model import int4, int8
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.formats.small_floats import E2M1
+from elastic_moe.model.gpu.refusals import gpu_refusal
+from elastic_moe.model.gpu.stacks import Code, Stack
 
 PIECE = 1 << 24
-"""Weights that are unpacked at a time, each of which takes up to WORK_BYTES meanwhile. A larger matrix is one piece."""
+"""Weights that torch's operators unpack at a time, each of which takes up to WORK_BYTES meanwhile. A larger matrix is
+one piece."""
 WORK_BYTES = 12
 _WHOLE_BYTES = frozenset({ExpertForm.INT8, ExpertForm.FP8, ExpertForm.MXFP8})
 _GROUPS = {ExpertForm.INT8: int8.GROUP, ExpertForm.FP8: int8.GROUP, ExpertForm.NVFP4: int4.NVFP4_GROUP}
 """Inputs with one scale, where they are not 32."""
+_CODES: Mapping[ExpertForm, Code] = {
+    ExpertForm.INT8: "int8",
+    ExpertForm.FP8: "e4m3",
+    ExpertForm.INT4: "uint4",
+    ExpertForm.INT4_HALF: "uint4",
+    ExpertForm.MXFP4: "e2m1",
+    ExpertForm.MXFP8: "e4m3",
+    ExpertForm.NVFP4: "nvfp4",
+}
 
 
 class Packing:
@@ -36,6 +54,10 @@ class Packing:
         self._group = _GROUPS.get(form, int4.GROUP)
         self._pairs: dict[torch.device, Tensor] = {}
         """[256, 2] the two weights of a byte, by device: a step may not bring them there."""
+        self._more = int4.EACH if form is ExpertForm.NVFP4 else int4.ZERO
+        """The ending of what a matrix has besides codes and scales."""
+        self.kernels: ModuleType | None = None
+        """model/gpu/packed.py, where it can be used: it unpacks what lies on a GPU."""
 
     def kept(self, tensors: Tensors) -> Tensors:
         """One expert as it lies in the stacks. `tensors` are codes as they are loaded, or what this returned before."""
@@ -53,10 +75,23 @@ class Packing:
         """Inputs of a matrix of codes [..., N, K] or [..., N, K/2]."""
         return matrix.shape[-1] * (1 if self.form in _WHOLE_BYTES else 2)
 
+    def stack(self, stacks: Tensors, name: str) -> Stack:
+        """The packed matrices of this name, for kernels."""
+        return Stack(
+            codes=stacks[name],
+            scales=stacks[name + int8.SCALE],
+            more=stacks.get(name + self._more),
+            code=_CODES[self.form],
+            group=self._group,
+        )
+
     def weights(self, stacks: Tensors, name: str, chosen_A: Tensor | None = None) -> Tensor:
         """The matrices of this name in all slots, or in the chosen ones: [A, N, K]. The CPU waits for nothing."""
+        if self.kernels is not None and stacks[name].device.type == "cuda":
+            unpacked: Tensor = self.kernels.unpack(self.stack(stacks, name), chosen_A, self.dtype)
+            return unpacked
         parts = [stacks[name], stacks[name + int8.SCALE]]
-        if (more := stacks.get(name + (int4.EACH if self.form is ExpertForm.NVFP4 else int4.ZERO))) is not None:
+        if (more := stacks.get(name + self._more)) is not None:
             parts.append(more)
         count = len(parts[0]) if chosen_A is None else len(chosen_A)
         outputs, inputs = parts[0].shape[1], self.inputs(parts[0])
@@ -90,6 +125,11 @@ class Packing:
         if more is not None:
             values = values.sub_(torch.stack((more & 15, more >> 4), -1).flatten(-2)[..., :groups, None].float())
         return values.mul_(scales[..., None].float()).flatten(-2)[..., :inputs]
+
+
+def work_bytes(dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that a step takes to unpack experts, beside the buffer for them."""
+    return 0 if gpu_refusal(dtype, device) is None else PIECE * WORK_BYTES
 
 
 def active_slots(end_S: Tensor, pairs: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,9 @@
     rows        root mean square norms, rotary embeddings, gates
     router      the choice of experts
     pairs       brings rows to their experts' order, and adds up what the experts return
-    few         experts of few rows
+    stacks      the matrices of experts, as kernels read them
+    packed      unpacks packed experts
+    few         experts of few rows, packed or not
     decode      attention of one query row per sequence over a paged cache
 
 Triton comes with every torch for CUDA. It is imported only where a kernel is used, since torch for CPUs has none. The

@@ -19,7 +19,7 @@ from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerSpec
 from elastic_moe.cluster.placement import EMPTY
 from elastic_moe.model.experts.store import ExpertStore
-from elastic_moe.model.experts.unpacking import PIECE, WORK_BYTES
+from elastic_moe.model.experts.unpacking import work_bytes
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.states.store import slots_per_sequence
 from elastic_moe.model.trunk.kv_cache import KVCache
@@ -145,9 +145,10 @@ class WorkerMemory:
         """Bytes of a step in which a layer's packed experts are unpacked on a GPU."""
         if self.form is ExpertForm.PLAIN:
             return 0
-        plain = self.info.served_in(self.spec.model.dtype).expert_bytes
+        dtype = self.spec.model.dtype
+        plain = self.info.served_in(dtype).expert_bytes
         held = max(sum(e != EMPTY for e in experts) for experts in self.spec.experts)
-        return held * plain + PIECE * WORK_BYTES
+        return held * plain + work_bytes(getattr(torch, dtype), torch.device(self.spec.model.device))
 
     # --- When the experts are loaded ----------------------------------------------------------------------------
 

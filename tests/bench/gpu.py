@@ -1,16 +1,18 @@
 """This project's data plane against transformers' continuous batching, on one GPU, in one process, without HTTP.
 
-    python -m tests.bench.gpu [--model DIR] [--concurrency 1,8,32,128] [--prompts 1024,8192] [--out DIR]
+    python -m tests.bench.gpu [--model DIR] [--concurrency 1,8,32,128] [--prompts 1024,8192]
+        [--expert-dtype bfloat16,int8,int4] [--alone] [--out DIR]
 
 Both run the same checkpoint (a random Qwen3-MoE of 13 GB, if none is given) in its own dtype and answer the same random
 prompts greedily. Decode: so many requests at a time with prompts of 128 tokens, the time of a step between the first
 token and the last. Prefill: one prompt of each length, and 8192 tokens of the shorter ones in one step. Ours is the
-scheduler and one worker, two steps in flight; transformers' is `generate_batch` with its own defaults.
+scheduler and one worker, two steps in flight, with experts of each `--expert-dtype` in turn; transformers' is
+`generate_batch` with its own defaults.
 
 Beside each figure stands its share of the floor. In decode, that is the time to read what the step must read once, at
 the rate of reading a large tensor: the matrices outside the experts, the experts that the step's tokens choose, which
-are counted, and the keys and values. In prefill, it is the time of the products at the rate of a large bfloat16
-product. Writes gpu.json and gpu.md.
+are counted, in the bytes in which they are kept, and the keys and values. In prefill, it is the time of the products at
+the rate of a large bfloat16 product. Writes gpu.json and gpu.md.
 """
 
 from __future__ import annotations
@@ -58,6 +60,10 @@ class Result:
     tokens: int
     """That came, or were read, in this time."""
     floor_s: float | None = None
+    expert_dtype: str = "auto"
+    """The setting of --expert-dtype."""
+    expert_bytes: int = 0
+    """Bytes of an expert as it is kept."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -98,12 +104,15 @@ class Ours:
 
     name = "elastic-moe, one worker"
 
-    def __init__(self, path: Path, dtype: str, device: str, concurrency: int, length: int) -> None:
+    def __init__(
+        self, path: Path, dtype: str, device: str, concurrency: int, length: int, expert_dtype: str = "auto"
+    ) -> None:
         info = open_checkpoint(path).info
         self.cluster = Lockstep(
             path,
             [info.num_logical_experts],
             dtype=dtype,
+            expert_dtype=expert_dtype,
             device=device,
             max_model_len=max(length, PROMPT_TOKENS) + OUTPUT_TOKENS,
             max_num_batched_tokens=STEP_TOKENS,
@@ -138,15 +147,20 @@ class Ours:
         ]
         return sum(steps) / max(1, len(steps))
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of an expert as it is kept."""
+        store = self.worker.loaded.store
+        return store.nbytes // sum(len(store.held(layer)) for layer in range(store.num_layers))
+
     def decode_floor_s(self, rates: Rates, active: float, keys: int) -> float:
         """Of a step that reads so many experts of each layer, and so many keys in all."""
         loaded = self.worker.loaded
         store, shapes = loaded.store, self.worker._runner.kv_shapes
-        per_expert = store.nbytes / sum(len(store.held(layer)) for layer in range(store.num_layers))
         trunk: Any = self.worker._runner._trunk
         outside = sum(p.nbytes for name, p in trunk.named_parameters() if "embed" not in name)
         kv = sum(shape.elements for shape in shapes.values()) * 2 * keys
-        return (outside + active * store.num_layers * per_expert + kv) / rates.read_bytes_per_s
+        return (outside + active * store.num_layers * self.expert_bytes + kv) / rates.read_bytes_per_s
 
     def prefill_floor_s(self, rates: Rates, prompts: int, length: int) -> float:
         """Of products with matrices, and of queries and values with the keys that they see."""
@@ -156,7 +170,7 @@ class Ours:
         outside = sum(
             p.numel() for name, p in trunk.named_parameters() if "embed" not in name and "lm_head" not in name
         )
-        experts = info.num_layers * config.num_experts_per_tok * info.expert_bytes / 2
+        experts = info.num_layers * config.num_experts_per_tok * info.served_in("bfloat16").expert_bytes / 2
         heads = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
@@ -218,18 +232,33 @@ def decode_s(generate: Generate, draw: Draw, places: int, tokens: int) -> float:
 
 
 def measure_ours(
-    path: Path, dtype: str, device: str, concurrency: Sequence[int], lengths: Sequence[int]
+    path: Path,
+    dtype: str,
+    device: str,
+    concurrency: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    rates: Rates,
+    expert_dtype: str,
 ) -> list[Result]:
-    rates = measure_rates() if device == "cuda" else Rates(read_bytes_per_s=1.0, flop_per_s=1.0)
-    print(
-        f"reads {rates.read_bytes_per_s / 1e12:.2f} TB/s, multiplies {rates.flop_per_s / 1e12:.0f} TFLOP/s", flush=True
-    )
-    ours, draw, found = Ours(path, dtype, device, max(concurrency), max(lengths)), Draw(path), []
+    ours, draw = Ours(path, dtype, device, max(concurrency), max(lengths), expert_dtype), Draw(path)
+    found: list[Result] = []
+    print(f"an expert takes {ours.expert_bytes} bytes", flush=True)
 
     def add(load: str, seconds: float, tokens: int, floor_s: float) -> None:
-        found.append(Result(server=ours.name, load=load, seconds=seconds, tokens=tokens, floor_s=floor_s))
-        rate, share = found[-1].tokens_per_s, floor_s / seconds
-        print(f"ours, {load}: {seconds * 1e3:.2f} ms, {rate:.0f} tokens/s, {share:.2f} of the floor", flush=True)
+        found.append(
+            Result(
+                server=ours.name,
+                load=load,
+                seconds=seconds,
+                tokens=tokens,
+                floor_s=floor_s,
+                expert_dtype=expert_dtype,
+                expert_bytes=ours.expert_bytes,
+            )
+        )
+        rate, share, about = found[-1].tokens_per_s, floor_s / seconds, f"{expert_dtype}, {load}"
+        print(f"ours, {about}: {seconds * 1e3:.2f} ms, {rate:.0f} tokens/s, {share:.2f} of the floor", flush=True)
 
     for places in concurrency:
         active = ours.active_experts(draw(places, PROMPT_TOKENS))
@@ -281,8 +310,12 @@ def table(ours: Sequence[Result], others: Sequence[Result]) -> str:
         share = "" if mine.floor_s is None else f"{mine.floor_s / mine.seconds:.0%}"
         their = other.get(mine.load)
         last = ["", ""] if their is None else [f"{their.tokens_per_s:.0f}", f"{their.seconds / mine.seconds:.1f}"]
-        rows.append([mine.load, f"{mine.seconds * 1e3:.2f}", f"{mine.tokens_per_s:.0f}", share, *last])
-    return markdown(("load", "ms", "tokens/s", "of the floor", "transformers' tokens/s", "times theirs"), rows)
+        rows.append(
+            [mine.expert_dtype, mine.load, f"{mine.seconds * 1e3:.2f}", f"{mine.tokens_per_s:.0f}", share, *last]
+        )
+    return markdown(
+        ("experts", "load", "ms", "tokens/s", "of the floor", "transformers' tokens/s", "times theirs"), rows
+    )
 
 
 def main() -> int:
@@ -291,6 +324,9 @@ def main() -> int:
     parser.add_argument("--concurrency", default="1,8,32,128")
     parser.add_argument("--prompts", default="1024,8192", help="tokens of the prompts of the prefill loads")
     parser.add_argument("--device", default="cuda", help="cpu tries the script, its figures mean nothing")
+    parser.add_argument(
+        "--expert-dtype", default="auto", help="auto, bfloat16, int8 or int4; several are measured one after another"
+    )
     parser.add_argument("--alone", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     args = parser.parse_args()
@@ -303,8 +339,14 @@ def main() -> int:
     loads, lengths = ([int(n) for n in text.split(",")] for text in (args.concurrency, args.prompts))
     about = where_and_when() | {"model": path.name, "dtype": dtype}
     about["device"] = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    ours = measure_ours(path, dtype, args.device, loads, lengths)
-    free()
+    rates = measure_rates() if args.device == "cuda" else Rates(read_bytes_per_s=1.0, flop_per_s=1.0)
+    print(
+        f"reads {rates.read_bytes_per_s / 1e12:.2f} TB/s, multiplies {rates.flop_per_s / 1e12:.0f} TFLOP/s", flush=True
+    )
+    ours: list[Result] = []
+    for form in args.expert_dtype.split(","):
+        ours += measure_ours(path, dtype, args.device, loads, lengths, rates=rates, expert_dtype=form)
+        free()
     others = [] if args.alone else measure_theirs(path, dtype, args.device, loads, lengths)
     text = "; ".join(f"{name} {value}" for name, value in about.items()) + "\n\n" + table(ours, others)
     (args.out / "gpu.md").write_text(text)

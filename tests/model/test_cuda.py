@@ -62,7 +62,7 @@ def test_greedy_tokens_of_one_worker(family: str, tmp_path_factory: pytest.TempP
 
 @pytest.mark.parametrize(("family", "name"), [("deepseek_v3", "fp8-blocks"), ("gpt_oss", "awq"), ("mixtral", "gptq")])
 def test_greedy_tokens_of_a_packed_checkpoint(family: str, name: str, tmp_path: Path) -> None:
-    """On a GPU, experts are unpacked when they are loaded."""
+    """In float32, experts are unpacked when they are loaded."""
     sizes = {"hidden": 64, "layers": 2, "experts": 8, "top_k": 2, "ff": 32, "vocab": 300}
     source = make_random_checkpoint(tmp_path / "source", family, **sizes)
     packed, meant = pack_checkpoint(source, tmp_path, CASES[name])
@@ -246,8 +246,10 @@ def replaced(cluster: Lockstep, table: list[list[int]]) -> Placement:
 
 
 @hopper
-def test_a_step_never_makes_the_cpu_wait(checkpoint: Path) -> None:
-    runner = Lockstep(checkpoint, [8], dtype="bfloat16", device="cuda", block_size=16).workers_runner()
+@pytest.mark.parametrize("expert_dtype", ["auto", "int8"])
+def test_a_step_never_makes_the_cpu_wait(checkpoint: Path, expert_dtype: str) -> None:
+    options = {"dtype": "bfloat16", "block_size": 16, "expert_dtype": expert_dtype}
+    runner = Lockstep(checkpoint, [8], device="cuda", **options).workers_runner()  # type: ignore[arg-type]
     texts = [list(range(3, 3 + n)) for n in (9, 40, 100)]
     for cut in (8, -1):
         warm = step_logits(runner, texts, cut).clone()

@@ -10,16 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.experts.stacked import StackedExperts
+from elastic_moe.model.experts.unpacking import Packing
+from elastic_moe.model.gpu.stacks import Stack
+from elastic_moe.model.int4 import EACH
+from elastic_moe.model.int8 import SCALE
 from elastic_moe.model.native.attention import Rules
 from elastic_moe.model.rms_norm import RmsNorm
 from elastic_moe.model.trunk import flash
 from elastic_moe.model.trunk.attention_path import KVShape
+from tests.model.experts.test_stacked import EXPERTS, KINDS, Experts, choices
+from tests.model.experts.test_unpacking import FORMS
+from tests.model.experts.test_unpacking import draw as drawn_matrix
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("needs Triton, and a CUDA GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from elastic_moe.model.gpu import decode, few, pairs, router, rows  # noqa: E402 - they import Triton
+from elastic_moe.model.gpu import decode, few, packed, pairs, router, rows  # noqa: E402 - they import Triton
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -114,7 +124,9 @@ def test_few_pairs(shape: tuple[int, int], hidden: int, width: int) -> None:
     index, weight = torch.randint(-1, experts, shape, generator=g), torch.rand(shape, generator=g)
     x, scale = draw(shape[0], hidden), hidden**-0.5
     gate_up, down = draw(size, 2 * width, hidden, seed=1) * scale, draw(size, hidden, width, seed=2)
-    got = few.run_few(gate_up, down, slot_X.to(DEVICE), x, index.to(DEVICE), weight.to(DEVICE))
+    got = few.run_few(
+        Stack(codes=gate_up), Stack(codes=down), slot_X.to(DEVICE), x, index.to(DEVICE), weight.to(DEVICE)
+    )
     want = torch.zeros(shape[0], hidden, device=DEVICE)
     for row, k in [(row, k) for row in range(shape[0]) for k in range(shape[1])]:
         slot = int(slot_X[index[row, k]])
@@ -123,6 +135,85 @@ def test_few_pairs(shape: tuple[int, int], hidden: int, width: int) -> None:
             gated = torch.nn.functional.silu(gate) * up
             want[row] += float(weight[row, k]) * (gated @ down[slot].float().T)
     torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+
+
+def packed_stacks(form: ExpertForm, slots: int, sizes: dict[str, tuple[int, int]]) -> tuple[Packing, Tensors]:
+    """Random matrices [slots, N, K] of these names and sizes, as they lie in a layer. The interpreter rounds to
+    bfloat16 towards zero, so for it scales are powers of 2, by which weights need no rounding."""
+    packing = Packing(form, torch.bfloat16)
+    kept = []
+    for slot in range(slots):
+        drawn: Tensors = {}
+        for name, (outputs, inputs) in sizes.items():
+            parts, _ = drawn_matrix(form, outputs, inputs, 10 * slot + len(drawn))
+            if form is ExpertForm.NVFP4:
+                if INTERPRETED:
+                    parts[SCALE] = parts[SCALE] & 0x78
+                    parts[EACH] = parts[EACH].log2().round().exp2()
+            elif parts[SCALE].dtype == torch.uint8:
+                # powers of 2 by their exponents: from 2^-17 to 2^-6
+                parts[SCALE] = parts[SCALE] % 12 + 110
+            elif INTERPRETED:
+                parts[SCALE] = parts[SCALE].float().log2().round().exp2().to(parts[SCALE].dtype)
+            drawn |= {name + ending: part.to(DEVICE) for ending, part in parts.items()}
+        kept.append(packing.kept(drawn))
+    return packing, {name: torch.stack([tensors[name] for tensors in kept]) for name in kept[0]}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 32), (9, 160), (16, 544), (24, 1184)])
+def test_unpacking_gives_the_bits_of_torch(form: ExpertForm, outputs: int, inputs: int) -> None:
+    """Groups of 128 are short at the end; groups of 32 are an odd number, or one."""
+    packing, stacks = packed_stacks(form, 4, {"m": (outputs, inputs)})
+    want = packing.weights(stacks, "m")
+    stack = packing.stack(stacks, "m")
+    assert torch.equal(packed.unpack(stack, None, torch.bfloat16), want)
+    chosen = torch.tensor([3, 0, 3], device=DEVICE)
+    assert torch.equal(packed.unpack(stack, chosen, torch.bfloat16), want[chosen])
+    assert packed.unpack(stack, chosen[:0], torch.bfloat16).shape == (0, outputs, inputs)
+    packing.dtype = torch.float32
+    assert torch.equal(packed.unpack(stack, chosen, torch.float32), packing.weights(stacks, "m", chosen))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("shape", "hidden", "width"), [((1, 8), 608, 64), ((5, 3), 64, 96), ((3, 2), 1056, 160)])
+def test_few_pairs_of_packed_experts_give_the_bits_of_unpacked_ones(
+    form: ExpertForm, shape: tuple[int, int], hidden: int, width: int
+) -> None:
+    experts, size = 12, 5
+    g = torch.Generator().manual_seed(0)
+    slot_X = torch.full((experts + 1,), size)
+    slot_X[torch.tensor([3, 0, 7, 11, 5])] = torch.arange(size)
+    index, weight = torch.randint(-1, experts, shape, generator=g), torch.rand(shape, generator=g)
+    packing, stacks = packed_stacks(form, size, {"up": (2 * width, hidden), "down": (hidden, width)})
+    rest = slot_X.to(DEVICE), draw(shape[0], hidden) * hidden**-0.5, index.to(DEVICE), weight.to(DEVICE)
+    got = few.run_few(packing.stack(stacks, "up"), packing.stack(stacks, "down"), *rest)
+    want = few.run_few(Stack(codes=packing.weights(stacks, "up")), Stack(codes=packing.weights(stacks, "down")), *rest)
+    assert torch.equal(got, want)
+    assert got.isfinite().all()
+    assert got.any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of rows that were not computed and hold any numbers
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_a_layer_of_packed_experts_gives_the_bits_of_unpacked_ones(form: ExpertForm, rows: int) -> None:
+    """In steps of few pairs and of many, with fewer pairs than slots, before and after experts have changed slots."""
+    module = Experts(**KINDS["plain"], hidden=128, width=64).to(DEVICE)
+    sizes = {"gate_up_proj": (128, 128), "down_proj": (128, 64)}
+    packing, stacks = packed_stacks(form, EXPERTS, sizes)
+    packed_layer = StackedExperts(module, kernels=True, packing=Packing(form, torch.bfloat16))
+    plain_layer = StackedExperts(module, kernels=True)
+    for held in ({0, 2, 3, 5}, {1, 2, 3, 4, 5}):
+        for expert in held - packed_layer.held():
+            packed_layer.put(expert, {name: stack[expert] for name, stack in stacks.items()}, borrowed=True)
+            plain_layer.put(expert, {name: packing.weights(stacks, name)[expert] for name in sizes}, borrowed=True)
+        packed_layer.keep_only(held)
+        plain_layer.keep_only(held)
+        x, index, weight = (t.to(DEVICE) for t in choices(rows, frozenset(held), rows, 128))
+        got, want = (layer.forward(x.bfloat16(), index, weight) for layer in (packed_layer, plain_layer))
+        assert torch.equal(got, want)
+        assert got.any()
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (96, 64), (256, 128)])
