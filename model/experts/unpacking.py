@@ -4,8 +4,6 @@ A weight gets the bits that it has where it is unpacked when it is loaded: code 
 served dtype. In the stacks lie the tensors of model/int8.py and model/int4.py as they are, except that zero points lie
 two in a byte.
 
-Kernels (model/gpu/packed.py) unpack in one pass. Without them torch's operators do, which takes ten passes.
-
 Legend: S slots, A active slots, N outputs, K inputs, G groups of inputs.
 """
 
@@ -30,17 +28,13 @@ PIECE = 1 << 24
 one piece."""
 WORK_BYTES = 12
 _WHOLE_BYTES = frozenset({ExpertForm.INT8, ExpertForm.FP8})
-_CODES: Mapping[ExpertForm, Code] = {
-    ExpertForm.INT8: "int8",
-    ExpertForm.FP8: "e4m3",
-    ExpertForm.INT4: "uint4",
-    ExpertForm.INT4_HALF: "uint4",
-    ExpertForm.MXFP4: "e2m1",
-}
 
 
 class Packing:
-    """One form of the experts of a layer, and the dtype that it is unpacked to."""
+    """One form of the experts of a layer, and the dtype that it is unpacked to.
+
+    Kernels unpack in one pass over memory. Torch's operators, which do it elsewhere, take about ten.
+    """
 
     def __init__(self, form: ExpertForm, dtype: torch.dtype) -> None:
         """form: other than PLAIN."""
@@ -112,6 +106,15 @@ class Packing:
         if zeros is not None:
             values = values.sub_(torch.stack((zeros & 15, zeros >> 4), -1).flatten(-2)[..., :groups, None].float())
         return values.mul_(scales[..., None].float()).flatten(-2)[..., :inputs]
+
+
+_CODES: Mapping[ExpertForm, Code] = {
+    ExpertForm.INT8: "int8",
+    ExpertForm.FP8: "e4m3",
+    ExpertForm.INT4: "uint4",
+    ExpertForm.INT4_HALF: "uint4",
+    ExpertForm.MXFP4: "e2m1",
+}
 
 
 def work_bytes(dtype: torch.dtype, device: torch.device) -> int:
