@@ -8,8 +8,8 @@ from elastic_moe.cluster.errors import ConfigError
 
 
 class ExpertForm(StrEnum):
-    """How the matrices of an expert are kept. All forms but PLAIN are computed by the native library on CPUs, and are
-    unpacked in each step on GPUs."""
+    """How the matrices of an expert are kept. All forms but PLAIN are computed by the native library on CPUs. On GPUs,
+    kernels read them packed, or they are unpacked in each step."""
 
     PLAIN = "plain"
     """Weights in the served dtype."""

@@ -9,7 +9,8 @@ changes, the layer's stacks are made anew, one parameter at a time.
 Slots are written on the device's default stream, which runs operations in the order in which they were launched. What
 other threads read and bring runs beside it (staging.py). A flip changes many slots of all layers while no step runs, so
 `keep_together` launches their copies as one, and sends all tables at once. Packed experts lie packed in the stacks
-(unpacking.py), where kernels for few rows read them.
+(unpacking.py). Kernels read them there for few rows, and for some rows of each; otherwise those that have rows are
+unpacked first.
 
 Legend: R rows (tokens sent to this worker), H hidden, F expert width, K experts per token, N = R*K (row, choice) pairs,
 S slots, E logical experts, X = E + 1.
@@ -72,14 +73,15 @@ class StackedExperts:
         self.packing = packing
         self._pairs: ModuleType | None = None
         self._few: ModuleType | None = None
+        self._grouped: ModuleType | None = None
         self._gate: Gated | None = None
         if kernels:
             # Triton, which they need, is there only with torch for CUDA
-            from elastic_moe.model.gpu import few, packed, pairs, rows
+            from elastic_moe.model.gpu import few, grouped, packed, pairs, rows
 
             self._pairs = pairs
             if packing is not None:
-                packing.kernels = packed
+                packing.kernels, self._grouped = packed, grouped
             gate = find_gate(module)
             if gate is not None and gate.kind == 0 and not gate.interleaved and math.isinf(gate.limit):
                 self._gate = rows.silu_gate
@@ -229,16 +231,20 @@ class StackedExperts:
     def _run(self, stacks: Tensors, x_NH: Tensor, slot_N: Tensor | None, end_S: Tensor) -> Tensor:
         """Run rows, which are sorted by slot, through their experts. Only biases need `slot_N`."""
         chosen_A = None
-        if self.packing is not None and len(x_NH) < len(end_S):
+        packed = self._grouped if self._grouped and len(x_NH) <= self._grouped.MOST_ROWS * len(end_S) else None
+        if self.packing is not None and packed is None and len(x_NH) < len(end_S):
             # no more slots than rows are unpacked
             chosen_A, end_S = active_slots(end_S, len(x_NH))
 
         def project(x: Tensor, name: str) -> Tensor:
-            if self.packing is not None:
-                weight = self.packing.weights(stacks, name, chosen_A).transpose(1, 2)
+            if packed is not None:
+                y: Tensor = packed.grouped(x, self._stack(stacks, name), end_S)
+            elif self.packing is not None:
+                y = grouped_product(x, self.packing.weights(stacks, name, chosen_A).transpose(1, 2), end_S)
             else:
                 weight = stacks[name] if self._module.is_transposed else stacks[name].transpose(1, 2)
-            y, bias = grouped_product(x, weight, end_S), stacks.get(f"{name}_bias")
+                y = grouped_product(x, weight, end_S)
+            bias = stacks.get(f"{name}_bias")
             return y if bias is None else y + bias[slot_N]
 
         return feed_forward(self._module, x_NH, project, self._gate)

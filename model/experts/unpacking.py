@@ -5,8 +5,6 @@ served dtype. In the stacks lie the tensors of model/int8.py and model/int4.py a
 two in a byte. MXFP8 has bytes of E4M3 with a byte of E8M0 for every 32, and NVFP4 has two codes of E2M1 in a byte, a
 byte of E4M3 for every 16, and a float32 for each output.
 
-Kernels (model/gpu/packed.py) unpack in one pass. Without them torch's operators do, which takes ten passes.
-
 Legend: S slots, A active slots, N outputs, K inputs, G groups of inputs.
 """
 
@@ -45,14 +43,18 @@ _CODES: Mapping[ExpertForm, Code] = {
 
 
 class Packing:
-    """One form of the experts of a layer, and the dtype that it is unpacked to."""
+    """One form of the experts of a layer, and the dtype that it is unpacked to.
 
-    def __init__(self, form: ExpertForm, dtype: torch.dtype) -> None:
-        """form: other than PLAIN."""
+    Kernels unpack in one pass over memory. Torch's operators, which do it elsewhere, take about ten.
+    """
+
+    def __init__(self, form: ExpertForm, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        """form: other than PLAIN. device: on which steps unpack; the host's cores may do so too."""
         self.form = form
         self.dtype = dtype
         self._group = _GROUPS.get(form, int4.GROUP)
-        self._pairs: dict[torch.device, Tensor] = {}
+        devices = set() if form in _WHOLE_BYTES else {device or torch.device("cpu"), torch.device("cpu")}
+        self._pairs = {device: _pairs(form).to(device) for device in devices}
         """[256, 2] the two weights of a byte, by device: a step may not bring them there."""
         self._more = int4.EACH if form is ExpertForm.NVFP4 else int4.ZERO
         """The ending of what a matrix has besides codes and scales."""
@@ -61,9 +63,6 @@ class Packing:
 
     def kept(self, tensors: Tensors) -> Tensors:
         """One expert as it lies in the stacks. `tensors` are codes as they are loaded, or what this returned before."""
-        if self.form not in _WHOLE_BYTES:
-            for device in {next(iter(tensors.values())).device, torch.device("cpu")} - self._pairs.keys():
-                self._pairs[device] = _pairs(self.form).to(device)
         return {
             name: _two_in_a_byte(tensor)
             if name.endswith(int4.ZERO) and tensor.shape == tensors[name.removesuffix(int4.ZERO) + int8.SCALE].shape

@@ -183,7 +183,7 @@ def layer_experts(module: nn.Module, form: ExpertForm = ExpertForm.PLAIN) -> Lay
     """
     like = next(itertools.chain(module.parameters(), module.buffers()))
     if like.device.type != "cpu":
-        packing = None if form is ExpertForm.PLAIN else Packing(form, like.dtype)
+        packing = None if form is ExpertForm.PLAIN else Packing(form, like.dtype, like.device)
         return TieredStacks(module, kernels=gpu_refusal(like.dtype, like.device) is None, packing=packing)
     refusal = native_refusal(like.dtype, like.device)
     lib = library() if refusal is None else None

@@ -7,6 +7,7 @@
     stacks      the matrices of experts, as kernels read them
     packed      unpacks packed experts
     few         experts of few rows, packed or not
+    grouped     packed experts of some rows each
     decode      attention of one query row per sequence over a paged cache
 
 Triton comes with every torch for CUDA. It is imported only where a kernel is used, since torch for CPUs has none. The

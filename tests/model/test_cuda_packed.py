@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.cluster.fit import Part
@@ -40,6 +41,14 @@ def experts_of(cluster: Lockstep) -> set[str]:
     return {row.modules for row in rows if row.part is Part.EXPERTS}
 
 
+@pytest.fixture
+def unpacked_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped products of packed experts add in an order of their own, which is left out."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("elastic_moe.model.gpu.grouped.MOST_ROWS", 0)
+
+
+@pytest.mark.usefixtures("unpacked_for_many_rows")
 def test_packed_experts_give_the_tokens_of_unpacked_ones_across_replacements(packed: tuple[Path, str]) -> None:
     """bfloat16. Few rows read packed weights, and the prompts' many rows have them unpacked."""
     path, label = packed
@@ -64,9 +73,21 @@ def test_packed_experts_give_the_tokens_of_unpacked_ones_across_replacements(pac
 
 
 @hopper
+@pytest.mark.usefixtures("unpacked_for_many_rows")
 def test_packed_experts_give_the_logits_of_unpacked_ones_in_graphs(packed: tuple[Path, str]) -> None:
     """The same bits, in steps of many rows and of few, and after experts have changed their slots."""
-    path, label = packed
+    for got, want in zip(*logits_of(*packed), strict=True):
+        assert torch.equal(got, want)
+
+
+@hopper
+def test_grouped_products_of_packed_experts_give_nearly_the_logits_of_unpacked_ones(packed: tuple[Path, str]) -> None:
+    for got, want in zip(*logits_of(*packed), strict=True):
+        torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.15)
+
+
+def logits_of(path: Path, label: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Of steps with packed experts, and with unpacked ones."""
     g = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 300, (5 + 9 * n,), generator=g).tolist() for n in range(7)]
     logits = []
@@ -79,5 +100,4 @@ def test_packed_experts_give_the_logits_of_unpacked_ones_in_graphs(packed: tuple
         cluster._flip(replaced(cluster, cluster.shuffled(3)))
         found += [step_logits(cluster.workers_runner(), texts, cut) for cut in (3, -1)]
         logits.append(found)
-    for got, want in zip(*logits, strict=True):
-        assert torch.equal(got, want)
+    return logits[0], logits[1]

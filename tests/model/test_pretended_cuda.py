@@ -241,14 +241,15 @@ def test_experts_are_rounded_by_the_host(expert_dtype: str, tmp_path: Path) -> N
     assert worker.waits["tolist"] == 1
 
 
+@pytest.mark.parametrize("expert_dtype", ["int8", "int4"])
 @pytest.mark.parametrize(("pinned", "hosted"), [(2, 2), (0, 8)])
 def test_packed_experts_that_come_from_pinned_memory_and_from_the_disk(
-    pinned: int, hosted: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    pinned: int, hosted: int, expert_dtype: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tiny_checkpoint("gpt_oss", tmp_path_factory)
     found = []
     for tiers in ({}, {"pinned": pinned, "hosted": hosted, "cache_dir": tmp_path}):
-        cluster = served(path, expert_dtype="int8", **tiers)
+        cluster = served(path, expert_dtype=expert_dtype, **tiers)
         found.append(cluster.run([request("one", PROMPTS[0], max_tokens=6)])["one"])
     [worker] = cluster.workers.values()
     assert found[0] == found[1]

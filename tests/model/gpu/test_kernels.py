@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if find_spec("triton") is None or not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("needs Triton, and a CUDA GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from elastic_moe.model.gpu import decode, few, packed, pairs, router, rows  # noqa: E402 - they import Triton
+from elastic_moe.model.gpu import decode, few, grouped, packed, pairs, router, rows  # noqa: E402 - they import Triton
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -194,11 +194,32 @@ def test_few_pairs_of_packed_experts_give_the_bits_of_unpacked_ones(
     assert got.any()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(72, 160), (64, 1184)])
+def test_grouped_products_of_packed_experts(form: ExpertForm, outputs: int, inputs: int) -> None:
+    """Some slots have no rows, and one has more than a program takes at a time. Rows past the end are not written."""
+    packing, stacks = packed_stacks(form, 5, {"m": (outputs, inputs)})
+    counts = [3, 0, 40, 1, 0]
+    end = torch.tensor(counts).cumsum(0).to(DEVICE, torch.int32)
+    # bfloat16 has the range for any sums, float16 for those of small numbers
+    x = draw(sum(counts) + 2, inputs, dtype=ATTENDED) / 8
+    got = grouped.grouped(x, packing.stack(stacks, "m"), end)
+    packing.dtype = torch.float32
+    weights = packing.weights(stacks, "m")
+    slot = torch.arange(5).repeat_interleave(torch.tensor(counts))
+    want = torch.einsum("ni,noi->no", x[: len(slot)].float(), weights.to(ATTENDED).float()[slot.to(DEVICE)])
+    bound = 2**-7 * float(want.abs().max())
+    torch.testing.assert_close(got[: len(slot)].float(), want, rtol=ROUNDING, atol=bound)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of rows that were not computed and hold any numbers
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [1, 5, 70])
-def test_a_layer_of_packed_experts_gives_the_bits_of_unpacked_ones(form: ExpertForm, rows: int) -> None:
+def test_a_layer_of_packed_experts_gives_the_bits_of_unpacked_ones(
+    form: ExpertForm, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In steps of few pairs and of many, with fewer pairs than slots, before and after experts have changed slots."""
+    monkeypatch.setattr(grouped, "MOST_ROWS", 0)
     module = Experts(**KINDS["plain"], hidden=128, width=64).to(DEVICE)
     sizes = {"gate_up_proj": (128, 128), "down_proj": (128, 64)}
     packing, stacks = packed_stacks(form, EXPERTS, sizes)
