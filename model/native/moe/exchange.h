@@ -1,6 +1,6 @@
 // Carries rows to the experts of the workers of one node and back, through shared memory: publish, wait, read in place.
 //
-// Every rank owns one segment: two words, then what the rank publishes in a round. First come its tokens (choices,
+// Every rank owns one segment: a header of words, then what the rank publishes in a round. First come its tokens (choices,
 // weights, hidden states), which every peer reads where they lie. Then come the partial sums of all ranks' tokens that
 // have an expert on this rank, in the order of ranks and tokens. A rank that waits for a word sees everything that was
 // written before the word.
@@ -33,7 +33,7 @@ namespace emoe {
 constexpr int64_t kLine = 64; // bytes of a cache line: two processes that write to one line slow each other down
 constexpr int64_t kHelped = 4; // most tokens of a step in which other ranks help: more would have to wait for products instead of memory
 
-// A count of rounds in shared memory. It wraps around.
+// A number of a round or of a question in shared memory. It ascends, and wraps around.
 struct alignas(kLine) Word {
     std::atomic<uint32_t> value;
     std::atomic<uint32_t> sleepers;

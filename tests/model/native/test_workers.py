@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -145,6 +146,37 @@ def test_helpers_keep_what_a_rank_may_still_read(lib: ctypes.CDLL, tmp_path: Pat
         assert same == (before[0] > 0)
         helped += words(workers, ANSWERED)[2] > answered[2]
     assert helped > 0
+
+
+def test_ranks_that_run_ahead_compute_what_they_compute_alone(lib: ctypes.CDLL, tmp_path: Path) -> None:
+    """Steps follow one another without a meeting: tokens of one rank, which the others help with, and of several."""
+    path = make_random_checkpoint(tmp_path / "m", "qwen3_moe", hidden=256, layers=3, experts=6, dtype="bfloat16")
+    workers = lockstep(path, (2, 2, 2))
+    runners = [worker._runner for worker in workers.workers.values()]
+    text, rng = texts(512)[0], random.Random(0)
+
+    def step(tokens: Sequence[int], rank: int) -> torch.Tensor:
+        piece = SequenceSlice(token_ids=text[: tokens[rank]], start=0, block_ids=[0, 1], prompt_length=len(text))
+        return runners[rank].run([piece] if tokens[rank] else [], list(tokens)).float()
+
+    alone = {}
+    for count in (1, 3, 20):
+        for rank in range(3):
+            only = [count if other == rank else 0 for other in range(3)]
+            alone[rank, count] = run_group(3, partial(step, only))[rank]
+    steps = [[rng.choice((1, 3, 20)) if rng.random() < 0.5 else 0 for _ in range(3)] for _ in range(600)]
+
+    def wrong(rank: int) -> list[int]:
+        found = []
+        for number, tokens in enumerate(steps):
+            logits = step(tokens, rank)
+            if tokens[rank] and not torch.equal(logits, alone[rank, tokens[rank]]):
+                found.append(number)
+        return found
+
+    before = words(workers, ANSWERED)
+    assert run_group(3, wrong) == [[], [], []]
+    assert all(one < other for one, other in zip(before, words(workers, ANSWERED), strict=True))
 
 
 def test_numbers_of_questions_that_have_wrapped_around_are_no_later_ones(lib: ctypes.CDLL, tmp_path: Path) -> None:
