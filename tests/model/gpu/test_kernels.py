@@ -140,7 +140,7 @@ def test_few_pairs(shape: tuple[int, int], hidden: int, width: int) -> None:
 def packed_stacks(form: ExpertForm, slots: int, sizes: dict[str, tuple[int, int]]) -> tuple[Packing, Tensors]:
     """Random matrices [slots, N, K] of these names and sizes, as they lie in a layer. The interpreter rounds to
     bfloat16 towards zero, so for it scales are powers of 2, by which weights need no rounding."""
-    packing = Packing(form, torch.bfloat16)
+    packing = Packing(form, torch.bfloat16, draw(1).device)
     kept = []
     for slot in range(slots):
         drawn: Tensors = {}
@@ -223,7 +223,7 @@ def test_a_layer_of_packed_experts_gives_the_bits_of_unpacked_ones(
     module = Experts(**KINDS["plain"], hidden=128, width=64).to(DEVICE)
     sizes = {"gate_up_proj": (128, 128), "down_proj": (128, 64)}
     packing, stacks = packed_stacks(form, EXPERTS, sizes)
-    packed_layer = StackedExperts(module, kernels=True, packing=Packing(form, torch.bfloat16))
+    packed_layer = StackedExperts(module, kernels=True, packing=Packing(form, torch.bfloat16, draw(1).device))
     plain_layer = StackedExperts(module, kernels=True)
     for held in ({0, 2, 3, 5}, {1, 2, 3, 4, 5}):
         for expert in held - packed_layer.held():
