@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.experts.packed_trial import tried
 from elastic_moe.model.experts.unpacking import Packing, active_slots
 from elastic_moe.model.gpu.stacks import Stack
 from elastic_moe.model.native.experts import find_gate
@@ -80,13 +81,14 @@ class StackedExperts:
             from elastic_moe.model.gpu import few, grouped, packed, pairs, rows
 
             self._pairs = pairs
-            if packing is not None:
+            reads = packing is None or tried(packing.form, packing.dtype, packing.device) is None
+            if packing is not None and reads:
                 packing.kernels, self._grouped = packed, grouped
             gate = find_gate(module)
             if gate is not None and gate.kind == 0 and not gate.interleaved and math.isinf(gate.limit):
                 self._gate = rows.silu_gate
                 # it reads matrices where they lie, packed ones too
-                self._few = None if module.is_transposed else few
+                self._few = None if module.is_transposed or not reads else few
         self._lock = threading.Lock()
         self._slots = Slots()
         self._beside: dict[int, Tensors] = {}

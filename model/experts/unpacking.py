@@ -11,6 +11,7 @@ Legend: S slots, A active slots, N outputs, K inputs, G groups of inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -21,25 +22,35 @@ from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model import int4, int8
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.formats.small_floats import E2M1
-from elastic_moe.model.gpu.refusals import gpu_refusal
 from elastic_moe.model.gpu.stacks import Code, Stack
 
 PIECE = 1 << 24
 """Weights that torch's operators unpack at a time, each of which takes up to WORK_BYTES meanwhile. A larger matrix is
 one piece."""
 WORK_BYTES = 12
-_WHOLE_BYTES = frozenset({ExpertForm.INT8, ExpertForm.FP8, ExpertForm.MXFP8})
-_GROUPS = {ExpertForm.INT8: int8.GROUP, ExpertForm.FP8: int8.GROUP, ExpertForm.NVFP4: int4.NVFP4_GROUP}
-"""Inputs with one scale, where they are not 32."""
-_CODES: Mapping[ExpertForm, Code] = {
-    ExpertForm.INT8: "int8",
-    ExpertForm.FP8: "e4m3",
-    ExpertForm.INT4: "uint4",
-    ExpertForm.INT4_HALF: "uint4",
-    ExpertForm.MXFP4: "e2m1",
-    ExpertForm.MXFP8: "e4m3",
-    ExpertForm.NVFP4: "nvfp4",
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormBytes:
+    """How a form lies in memory."""
+
+    code: Code
+    group: int
+    """Inputs with one scale."""
+    per_byte: int
+    """Codes in a byte."""
+
+
+FORM_BYTES: Mapping[ExpertForm, FormBytes] = {
+    ExpertForm.INT8: FormBytes(code="int8", group=int8.GROUP, per_byte=1),
+    ExpertForm.FP8: FormBytes(code="e4m3", group=int8.GROUP, per_byte=1),
+    ExpertForm.MXFP8: FormBytes(code="e4m3", group=int4.GROUP, per_byte=1),
+    ExpertForm.INT4: FormBytes(code="uint4", group=int4.GROUP, per_byte=2),
+    ExpertForm.INT4_HALF: FormBytes(code="uint4", group=int4.GROUP, per_byte=2),
+    ExpertForm.MXFP4: FormBytes(code="e2m1", group=int4.GROUP, per_byte=2),
+    ExpertForm.NVFP4: FormBytes(code="nvfp4", group=int4.NVFP4_GROUP, per_byte=2),
 }
+"""Of all forms but PLAIN."""
 
 
 class Packing:
@@ -52,8 +63,9 @@ class Packing:
         """form: other than PLAIN. device: on which steps unpack; the host's cores may do so too."""
         self.form = form
         self.dtype = dtype
-        self._group = _GROUPS.get(form, int4.GROUP)
-        devices = set() if form in _WHOLE_BYTES else {device or torch.device("cpu"), torch.device("cpu")}
+        self._bytes = FORM_BYTES[form]
+        self.device = device or torch.device("cpu")
+        devices = {self.device, torch.device("cpu")} if self._bytes.per_byte == 2 else set()
         self._pairs = {device: _pairs(form).to(device) for device in devices}
         """[256, 2] the two weights of a byte, by device: a step may not bring them there."""
         self._more = int4.EACH if form is ExpertForm.NVFP4 else int4.ZERO
@@ -72,7 +84,7 @@ class Packing:
 
     def inputs(self, matrix: Tensor) -> int:
         """Inputs of a matrix of codes [..., N, K] or [..., N, K/2]."""
-        return matrix.shape[-1] * (1 if self.form in _WHOLE_BYTES else 2)
+        return matrix.shape[-1] * self._bytes.per_byte
 
     def stack(self, stacks: Tensors, name: str) -> Stack:
         """The packed matrices of this name, for kernels."""
@@ -80,8 +92,8 @@ class Packing:
             codes=stacks[name],
             scales=stacks[name + int8.SCALE],
             more=stacks.get(name + self._more),
-            code=_CODES[self.form],
-            group=self._group,
+            code=self._bytes.code,
+            group=self._bytes.group,
         )
 
     def weights(self, stacks: Tensors, name: str, chosen_A: Tensor | None = None) -> Tensor:
@@ -120,15 +132,10 @@ class Packing:
         else:
             values = F.embedding(codes.int(), self._pairs[codes.device]).flatten(-2)
         groups = scales.shape[-1]
-        values = F.pad(values, (0, groups * self._group - inputs)).view(*scales.shape, self._group)
+        values = F.pad(values, (0, groups * self._bytes.group - inputs)).view(*scales.shape, self._bytes.group)
         if more is not None:
             values = values.sub_(torch.stack((more & 15, more >> 4), -1).flatten(-2)[..., :groups, None].float())
         return values.mul_(scales[..., None].float()).flatten(-2)[..., :inputs]
-
-
-def work_bytes(dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that a step takes to unpack experts, beside the buffer for them."""
-    return 0 if gpu_refusal(dtype, device) is None else PIECE * WORK_BYTES
 
 
 def active_slots(end_S: Tensor, pairs: int) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,9 @@ from elastic_moe.cluster.facts.transfers import BUNDLE_BYTES, bundles_at_once
 from elastic_moe.cluster.lines import counted
 from elastic_moe.cluster.messages.epochs import ModelInfo, WorkerSpec
 from elastic_moe.cluster.placement import EMPTY
+from elastic_moe.model.experts.packed_trial import packed_refusal
 from elastic_moe.model.experts.store import ExpertStore
-from elastic_moe.model.experts.unpacking import work_bytes
+from elastic_moe.model.experts.unpacking import PIECE, WORK_BYTES
 from elastic_moe.model.fitting.fit import Fit
 from elastic_moe.model.states.store import slots_per_sequence
 from elastic_moe.model.trunk.kv_cache import KVCache
@@ -148,7 +149,9 @@ class WorkerMemory:
         dtype = self.spec.model.dtype
         plain = self.info.served_in(dtype).expert_bytes
         held = max(sum(e != EMPTY for e in experts) for experts in self.spec.experts)
-        return held * plain + work_bytes(getattr(torch, dtype), torch.device(self.spec.model.device))
+        here = torch.device(self.spec.model.device, torch.cuda.current_device())
+        by_kernels = packed_refusal(self.form, getattr(torch, dtype), here) is None
+        return held * plain + (0 if by_kernels else PIECE * WORK_BYTES)
 
     # --- When the experts are loaded ----------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from elastic_moe.model.experts.interface import ABSENT, Tensors
 from elastic_moe.model.experts.rounding import rounded
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.tiered_stacks import TieredStacks
-from elastic_moe.model.experts.unpacking import Packing, active_slots, work_bytes
+from elastic_moe.model.experts.unpacking import Packing, active_slots
 from tests.model.experts.test_stacked import EXPERTS, KINDS, TOP_K, Experts
 from tests.model.packing import E2M1, E4M3
 
@@ -203,10 +203,3 @@ def test_what_the_host_rounds(form: ExpertForm, transposed: bool) -> None:
     error = (got.float() - matrix.float()).norm() / matrix.float().norm()
     assert error < (0.01 if form is ExpertForm.INT8 else 0.1)
     assert made["b"] is bias
-
-
-def test_only_torchs_operators_take_memory_beside_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cpu")
-    assert work_bytes(BF16, device) == unpacking.PIECE * unpacking.WORK_BYTES
-    monkeypatch.setattr(unpacking, "gpu_refusal", lambda dtype, device: None)
-    assert work_bytes(BF16, device) == 0

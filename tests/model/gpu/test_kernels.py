@@ -4,6 +4,7 @@ to: TRITON_INTERPRET=1."""
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.cluster.expert_forms import ExpertForm
+from elastic_moe.model.experts import packed_trial, stacked
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.unpacking import Packing
@@ -220,6 +222,9 @@ def test_a_layer_of_packed_experts_gives_the_bits_of_unpacked_ones(
 ) -> None:
     """In steps of few pairs and of many, with fewer pairs than slots, before and after experts have changed slots."""
     monkeypatch.setattr(grouped, "MOST_ROWS", 0)
+    if INTERPRETED:
+        # which cannot try products in bfloat16
+        monkeypatch.setattr(stacked, "tried", lambda *_: None)
     module = Experts(**KINDS["plain"], hidden=128, width=64).to(DEVICE)
     sizes = {"gate_up_proj": (128, 128), "down_proj": (128, 64)}
     packing, stacks = packed_stacks(form, EXPERTS, sizes)
@@ -235,6 +240,29 @@ def test_a_layer_of_packed_experts_gives_the_bits_of_unpacked_ones(
         got, want = (layer.forward(x.bfloat16(), index, weight) for layer in (packed_layer, plain_layer))
         assert torch.equal(got, want)
         assert got.any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels_for_packed_experts_are_tried_before_they_are_used(
+    form: ExpertForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = draw(1).device
+    found = partial(packed_trial.tried.__wrapped__, form, ATTENDED, device)
+    assert found() is None
+    right_few, right_product, right_unpack = few.run_few, grouped.grouped, packed.unpack
+    monkeypatch.setattr(few, "run_few", lambda up, *rest: right_few(up, *rest) * (1.0 if up.code == "plain" else 1.1))
+    assert found() == "they multiply few rows wrongly"
+    monkeypatch.setattr(grouped, "grouped", lambda *given: right_product(*given) * 1.1)
+    assert found() == "they multiply wrongly"
+    monkeypatch.setattr(packed, "unpack", lambda *given: right_unpack(*given) * 1.1)
+    assert found() == "they unpack wrongly"
+    monkeypatch.setattr(packed, "unpack", None)
+    assert found() == "'NoneType' object is not callable"
+    monkeypatch.setattr(stacked, "tried", lambda *_: found())
+    module = Experts(**KINDS["plain"], hidden=128, width=64).to(DEVICE)
+    layer = StackedExperts(module, kernels=True, packing=Packing(form, torch.bfloat16, device))
+    assert layer.packing is not None
+    assert layer._few is layer._grouped is layer.packing.kernels is None
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (96, 64), (256, 128)])
