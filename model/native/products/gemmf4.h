@@ -31,25 +31,25 @@ struct Floats4Panel {
 
     explicit Floats4Panel(const char* panel) : at((const uint32_t*)panel + kPanel), columns((const float*)panel) {}
 
-    // Brings the next block to bfloat16, divided by 256: [pairs][64][2]. If `fetch`, the block after the next is prefetched
-    // meanwhile.
-    void widen(int64_t pairs, bf16* wide, bool fetch) {
-        constexpr int64_t kGroupWords = words_of_codes(kFloats4Group), kGroupPairs = kFloats4Group / 2;
+    template <class To> void visit(int64_t pairs, bool fetch, To to) {
+        constexpr int64_t kGroupWords = words_of_codes(kFloats4Group);
         const uint32_t* scales = at + words_of_codes(2 * pairs) * kPanel;
         const char* next = (const char*)(at + 2 * words_of_block(kGroup) * kPanel);
-        for (int64_t group = 0; group * kGroupPairs < pairs; ++group) {
+        for (int64_t word = 0; word * 4 < pairs;) {
+            const int64_t group = word / kGroupWords;
+            Register scale[kWidenedColumns];
+            for (int c = 0; c < kWidenedColumns; ++c)
+                scale[c] = e4m3_of_words(scales + group / 4 * kPanel + c * kLanes, int(group % 4));
             if (fetch) // a block takes 72 lines
                 for (int64_t line = 9 * group; line < 9 * group + 9; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T0);
-            for (int64_t c = 0; c < kPanel; c += kLanes) {
-                const Register scale = e4m3_of_words(scales + group / 4 * kPanel + c, int(group % 4));
-                for (int64_t word = 0; word < kGroupWords; ++word) {
-                    const Integers codes = load_integers(at + (group * kGroupWords + word) * kPanel + c);
-                    bf16* to = wide + ((group * kGroupPairs + word * 4) * kPanel + c) * 2;
-                    for (int pair = 0; pair < 4; ++pair, to += 2 * kPanel)
-                        store_pairs(to, paired(times(e2m1(shifted(codes, 4 * pair)), scale),
-                                               times(e2m1(shifted(codes, 16 + 4 * pair)), scale)));
+            for (const int64_t end = word + kGroupWords; word < end; ++word)
+                for (int c = 0; c < kWidenedColumns; ++c) {
+                    const Integers codes = load_integers(at + word * kPanel + c * kLanes);
+#pragma GCC unroll 4
+                    for (int pair = 0; pair < 4; ++pair)
+                        to(word * 4 + pair, c,
+                           paired(times(e2m1(shifted(codes, 4 * pair)), scale[c]), times(e2m1(shifted(codes, 16 + 4 * pair)), scale[c])));
                 }
-            }
         }
         at = scales + (pairs + 31) / 32 * kPanel;
     }

@@ -13,6 +13,46 @@
 
 namespace emoe {
 
+// The two cache lines of pair `k` of the group after the next.
+inline void fetch_group8(const int8_t* group, int64_t k) {
+    const char* next = (const char*)group + 2 * kGroupBytes8 + k * 128;
+    _mm_prefetch(next, _MM_HINT_T0);
+    _mm_prefetch(next + 64, _MM_HINT_T0);
+}
+
+// A panel with float32 scales. Weights are divided by 256.
+struct ScalesPanel {
+    const int8_t* at;
+
+    template <class To> void visit(int64_t pairs, bool fetch, To to) {
+        for (int64_t k = 0; k < pairs; ++k) {
+            if (fetch) fetch_group8(at, k);
+            for (int c = 0; c < kWidenedColumns; ++c) to(k, c, load_e4m3(at + (k * kPanel + c * kLanes) * 2));
+        }
+        at += pairs * 2 * kPanel + kPanel * sizeof(float);
+    }
+    const float* last_scales() const { return (const float*)at - kPanel; } // of what was visited last
+};
+
+// A panel with powers of 2. Weights times powers are divided by 256.
+struct PowersPanel {
+    const int8_t* at;
+
+    template <class To> void visit(int64_t pairs, bool fetch, To to) {
+        const uint32_t* words = (const uint32_t*)(at + pairs * 2 * kPanel);
+        for (int64_t first = 0, fine = 0; first < pairs; first += kFine / 2, ++fine) {
+            Powers powers[kWidenedColumns];
+            for (int c = 0; c < kWidenedColumns; ++c) powers[c] = load_powers(words + c * kLanes, int(fine));
+            for (int64_t k = first; k < std::min(pairs, first + kFine / 2); ++k) {
+                if (fetch) fetch_group8(at, k);
+                for (int c = 0; c < kWidenedColumns; ++c) to(k, c, load_e4m3(at + (k * kPanel + c * kLanes) * 2, powers[c]));
+            }
+        }
+        at = (const int8_t*)(words + kPanel);
+    }
+    Register scale(int64_t) const { return all_lanes(kE4m3Scale); } // of the sums of columns
+};
+
 #ifdef EMOE_TILES
 
 // The sums of a block, 32 rows by 32 columns, 16 by 16 each.
@@ -107,56 +147,27 @@ inline void multiply_chunk_f8(int64_t count, const bf16* const* rows, int64_t de
         return multiply_chunk_f8_tiles(count, {(const char*)rows[0], stride}, depth, panel, sums, fetch);
     }
 #endif
-    constexpr int64_t kDistance = 2; // groups that prefetching is ahead
     alignas(64) bf16 wide[kGroup * kPanel];
     alignas(64) float products[kChunk * kPanel];
     const bf16* at[kChunk];
-    for (int64_t group = 0; group < groups(depth); ++group) {
-        const int64_t pairs = std::min(kGroup, depth - group * kGroup) / 2;
-        const char* next = (const char*)panel + kDistance * (kGroup + sizeof(float)) * kPanel;
-        for (int64_t k = 0; k < pairs; ++k) {
-            if (fetch)
-                for (int64_t line = 2 * k; line < 2 * k + 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T0);
-            for (int64_t c = 0; c < kPanel; c += kLanes)
-                store_pairs(wide + (k * kPanel + c) * 2, load_e4m3(panel + (k * kPanel + c) * 2));
+    ScalesPanel weights{panel};
+    for (int64_t first = 0; first < depth; first += kGroup) {
+        const int64_t pairs = std::min(kGroup, depth - first) / 2;
+        if (!multiply_few(count, rows, first, pairs, weights, products, false, fetch)) {
+            widen(weights, pairs, wide, fetch);
+            for (int64_t r = 0; r < count; ++r) at[r] = rows[r] + first;
+            multiply_chunk(count, at, 2 * pairs, wide, products, false);
         }
-        for (int64_t r = 0; r < count; ++r) at[r] = rows[r] + group * kGroup;
-        multiply_chunk(count, at, 2 * pairs, wide, products, false);
-        const float* scales = (const float*)(panel + pairs * 2 * kPanel);
+        const float* scales = weights.last_scales();
         for (int64_t c = 0; c < kPanel; c += kLanes) {
             const Register scale = times(load_sum(scales + c), all_lanes(kE4m3Scale));
             for (int64_t r = 0; r < count; ++r) {
                 float* to = sums + r * kPanel + c;
                 const Register product = load_sum(products + r * kPanel + c);
-                store_sum(to, group > 0 ? times_plus(product, scale, load_sum(to)) : times(product, scale));
+                store_sum(to, first > 0 ? times_plus(product, scale, load_sum(to)) : times(product, scale));
             }
         }
-        panel += pairs * 2 * kPanel + kPanel * sizeof(float);
     }
 }
-
-// A panel with powers of 2.
-struct PowersPanel {
-    const int8_t* at;
-
-    // Brings the next group to bfloat16, divided by 256: [pairs][64][2]. If `fetch`, the group after the next is prefetched
-    // meanwhile.
-    void widen(int64_t pairs, bf16* wide, bool fetch) {
-        const uint32_t* words = (const uint32_t*)(at + pairs * 2 * kPanel);
-        const char* next = (const char*)at + 2 * kGroupBytes8;
-        for (int64_t first = 0, fine = 0; first < pairs; first += kFine / 2, ++fine) {
-            Powers powers[kPanel / kLanes];
-            for (int64_t c = 0; c < kPanel; c += kLanes) powers[c / kLanes] = load_powers(words + c, int(fine));
-            for (int64_t k = first; k < std::min(pairs, first + kFine / 2); ++k) {
-                if (fetch)
-                    for (int64_t line = 2 * k; line < 2 * k + 2; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T0);
-                for (int64_t c = 0; c < kPanel; c += kLanes)
-                    store_pairs(wide + (k * kPanel + c) * 2, load_e4m3(at + (k * kPanel + c) * 2, powers[c / kLanes]));
-            }
-        }
-        at = (const int8_t*)(words + kPanel);
-    }
-    Register scale(int64_t) const { return all_lanes(kE4m3Scale); } // of the sums of columns
-};
 
 } // namespace emoe

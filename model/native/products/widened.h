@@ -1,5 +1,9 @@
-// Products of bfloat16 rows with weights that become bfloat16 together with their scales, so that the sums over all of K are those
-// of gemm.h, bit for bit.
+// Products of bfloat16 rows with weights that become bfloat16 first.
+//
+// A `Panel` brings the next 128 steps of K of its 64 columns to bfloat16: `panel.visit(pairs, fetch, to)` calls
+// `to(k, c, Pairs)` for each pair of K and each register of columns. If `fetch`, the 128 steps after the next are prefetched
+// meanwhile. With AVX-512, few rows are multiplied at once with what is in a register. For more rows all is written to memory,
+// and all rows are multiplied with it as in gemm.h. Each sum is added up in the same order either way.
 #pragma once
 
 #include "products/gemm.h"
@@ -7,8 +11,44 @@
 
 namespace emoe {
 
-// Does what multiply_chunk does. `panel.widen` brings the next 128 steps of K to bfloat16, and the sums of a column are multiplied by
-// `panel.scale`. For the matrix unit, rows lie at equal distances, and are filled up with zeros to a multiple of 32 of K.
+constexpr int kWidenedColumns = kPanel / kLanes; // registers of columns
+
+// Brings the next steps of K to bfloat16: [pairs][64][2].
+template <class Panel> void widen(Panel& panel, int64_t pairs, bf16* wide, bool fetch) {
+    panel.visit(pairs, fetch, [&](int64_t k, int c, Pairs column) { store_pairs(wide + (k * kPanel + c * kLanes) * 2, column); });
+}
+
+// Multiplies R rows with the next steps of K. The products are added to `sums` if `more` is true, else they replace it.
+template <int R, class Panel>
+void multiply_widened(const bf16* const* rows, int64_t first, int64_t pairs, Panel& panel, float* sums, bool more, bool fetch) {
+    const int32_t* a[R];
+    for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r] + first);
+    Register acc[R][kWidenedColumns];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < kWidenedColumns; ++c) acc[r][c] = more ? load_sum(sums + r * kPanel + c * kLanes) : no_sum();
+    panel.visit(pairs, fetch, [&](int64_t k, int c, Pairs column) {
+        for (int r = 0; r < R; ++r) acc[r][c] = dot(acc[r][c], all_pairs(a[r][k]), column);
+    });
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < kWidenedColumns; ++c) store_sum(sums + r * kPanel + c * kLanes, acc[r][c]);
+}
+
+// Does so and returns true if the rows are few.
+template <class Panel>
+bool multiply_few(int64_t count, const bf16* const* rows, int64_t first, int64_t pairs, Panel& panel, float* sums, bool more,
+                  bool fetch) {
+    constexpr int kFew = 4; // their sums leave room in registers. With AVX2 there is too little for one row already.
+    if (!kWide || count > kFew) return false;
+    if constexpr (kWide)
+        with_rows<kFew>(count, [&](auto number) {
+            multiply_widened<decltype(number)::value>(rows, first, pairs, panel, sums, more, fetch);
+        });
+    return true;
+}
+
+// Does what multiply_chunk does, for weights that become bfloat16 together with their scales, so that the sums over all of K are
+// those of gemm.h, bit for bit. At last the sums of a column are multiplied by `panel.scale`. For the matrix unit, rows lie at
+// equal distances, and are filled up with zeros to a multiple of 32 of K.
 template <class Panel>
 void multiply_chunk_widened(int64_t count, const bf16* const* rows, int64_t depth, Panel panel, float* sums, bool fetch) {
     constexpr int64_t kMost = 4; // groups at a time: the matrix unit would wait for sums that are read and written more often
@@ -16,7 +56,8 @@ void multiply_chunk_widened(int64_t count, const bf16* const* rows, int64_t dept
     const int64_t together = (tiles_used ? kMost : 1) * kGroup;
     for (int64_t first = 0; first < depth; first += together) {
         const int64_t steps = std::min(together, depth - first);
-        for (int64_t at = 0; at < steps; at += kGroup) panel.widen(std::min(kGroup, steps - at) / 2, wide + at * kPanel, fetch);
+        if (!tiles_used && multiply_few(count, rows, first, steps / 2, panel, sums, first > 0, fetch)) continue;
+        for (int64_t at = 0; at < steps; at += kGroup) widen(panel, std::min(kGroup, steps - at) / 2, wide + at * kPanel, fetch);
 #ifdef EMOE_TILES
         if (tiles_used) {
             const int64_t whole = (steps + 31) / 32, stride = count > 1 ? (rows[1] - rows[0]) * int64_t(sizeof(bf16)) : kTileBytes;
