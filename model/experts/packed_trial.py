@@ -18,7 +18,6 @@ from elastic_moe.model import int4, int8
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.unpacking import FORM_BYTES, Packing
 from elastic_moe.model.gpu.refusals import gpu_refusal
-from elastic_moe.model.gpu.stacks import Stack
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +45,13 @@ def tried(form: ExpertForm, dtype: torch.dtype, device: torch.device) -> str | N
 
 @torch.inference_mode()
 def _wrong(packing: Packing, device: torch.device) -> str | None:
-    from elastic_moe.model.gpu import few, grouped, packed
+    from elastic_moe.model.gpu import few, few_packed, grouped, packed
 
     g = torch.Generator().manual_seed(0)
-    stacks = _matrices("up", packing.form, 2 * _WIDTH, _HIDDEN, g) | _matrices("down", packing.form, _HIDDEN, _WIDTH, g)
+    sizes = {"up": (_SLOTS, 2 * _WIDTH, _HIDDEN), "down": (_SLOTS, _HIDDEN, _WIDTH)}
+    stacks: Tensors = {}
+    for name, size in sizes.items():
+        stacks |= matrices(name, packing.form, *size, g)
     stacks = {name: tensor.to(device) for name, tensor in packing.kept(stacks).items()}
     up, down = (packing.stack(stacks, name) for name in ("up", "down"))
     plain_up, plain_down = packing.weights(stacks, "up"), packing.weights(stacks, "down")
@@ -63,21 +65,21 @@ def _wrong(packing: Packing, device: torch.device) -> str | None:
         return "they multiply wrongly"
     index = torch.tensor([[0, 2], [1, 0], [2, -1], [1, 2]], device=device)
     rest = torch.tensor([0, 1, 2, _SLOTS], device=device), x, index, torch.ones(_ROWS, 2, device=device)
-    unpacked = few.run_few(Stack(codes=plain_up), Stack(codes=plain_down), *rest)
-    return None if _close(few.run_few(up, down, *rest), unpacked) else "they multiply few rows wrongly"
+    unpacked = few.run_few(plain_up, plain_down, *rest)
+    return None if _close(few_packed.run_few(up, down, *rest), unpacked) else "they multiply few rows wrongly"
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
     return torch.allclose(got.float(), want.float(), rtol=_CLOSE, atol=_CLOSE * float(want.float().abs().max()))
 
 
-def _matrices(name: str, form: ExpertForm, outputs: int, inputs: int, g: torch.Generator) -> Tensors:
-    """Random matrices [S, N, K] of this name, in the tensors of the form."""
+def matrices(name: str, form: ExpertForm, slots: int, outputs: int, inputs: int, g: torch.Generator) -> Tensors:
+    """Random matrices [S, N, K] of this name, in the tensors of a form other than PLAIN."""
 
     def drawn(*sizes: int, high: int = 256) -> Tensor:
         return torch.randint(0, high, sizes, generator=g).to(torch.uint8)
 
-    lead, about = (_SLOTS, outputs), FORM_BYTES[form]
+    lead, about = (slots, outputs), FORM_BYTES[form]
     groups = -(-inputs // about.group)
     # E4M3 without its largest exponent, in which it has codes that are no number
     codes = drawn(*lead, inputs // about.per_byte) & (0xF7 if about.per_byte == 1 else 0xFF)

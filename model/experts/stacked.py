@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from elastic_moe.model.experts.interface import Tensors
 from elastic_moe.model.experts.packed_trial import tried
 from elastic_moe.model.experts.unpacking import Packing, active_slots
-from elastic_moe.model.gpu.stacks import Stack
 from elastic_moe.model.native.experts import find_gate
 from elastic_moe.model.staging import beside_steps, passed, recorded, to_device
 from elastic_moe.model.torch_private import copy_all
@@ -74,11 +73,12 @@ class StackedExperts:
         self.packing = packing
         self._pairs: ModuleType | None = None
         self._few: ModuleType | None = None
+        self._run_few: Callable[..., Tensor] | None = None
         self._grouped: ModuleType | None = None
         self._gate: Gated | None = None
         if kernels:
             # Triton, which they need, is there only with torch for CUDA
-            from elastic_moe.model.gpu import few, grouped, packed, pairs, rows
+            from elastic_moe.model.gpu import few, few_packed, grouped, packed, pairs, rows
 
             self._pairs = pairs
             reads = packing is None or tried(packing.form, packing.dtype, packing.device) is None
@@ -87,8 +87,9 @@ class StackedExperts:
             gate = find_gate(module)
             if gate is not None and gate.kind == 0 and not gate.interleaved and math.isinf(gate.limit):
                 self._gate = rows.silu_gate
-                # it reads matrices where they lie, packed ones too
+                # it reads matrices where they lie
                 self._few = None if module.is_transposed or not reads else few
+                self._run_few = few.run_few if packing is None else few_packed.run_few
         self._lock = threading.Lock()
         self._slots = Slots()
         self._beside: dict[int, Tensors] = {}
@@ -206,9 +207,10 @@ class StackedExperts:
             return torch.zeros_like(x_RH)
         biased = any(name.endswith("_bias") for name in slots.stacks)
         if self._few is not None and index_RK.numel() <= self._few.MOST_PAIRS and not biased:
-            stacks = [self._stack(slots.stacks, name) for name in ("gate_up_proj", "down_proj")]
-            few_RH: Tensor = self._few.run_few(*stacks, slots.slot_X, x_RH, index_RK, weight_RK)
-            return few_RH
+            assert self._run_few is not None
+            names, packing = ("gate_up_proj", "down_proj"), self.packing
+            stacks = [slots.stacks[n] if packing is None else packing.stack(slots.stacks, n) for n in names]
+            return self._run_few(*stacks, slots.slot_X, x_RH, index_RK, weight_RK)
         if self._pairs is not None:
             place_N, end_S = self._pairs.places(slots.slot_X, index_RK, size)
             x_NH = self._pairs.spread(x_RH, place_N, choices)
@@ -227,9 +229,6 @@ class StackedExperts:
         y_NH = self._run(slots.stacks, x_NH, sorted_N.clamp(max=size - 1), end_S)
         return weighted_sum(y_NH, order_N, slot_N == size, weight_RK).to(x_RH.dtype)
 
-    def _stack(self, stacks: Tensors, name: str) -> Stack:
-        return Stack(codes=stacks[name]) if self.packing is None else self.packing.stack(stacks, name)
-
     def _run(self, stacks: Tensors, x_NH: Tensor, slot_N: Tensor | None, end_S: Tensor) -> Tensor:
         """Run rows, which are sorted by slot, through their experts. Only biases need `slot_N`."""
         chosen_A = None
@@ -239,8 +238,8 @@ class StackedExperts:
             chosen_A, end_S = active_slots(end_S, len(x_NH))
 
         def project(x: Tensor, name: str) -> Tensor:
-            if packed is not None:
-                y: Tensor = packed.grouped(x, self._stack(stacks, name), end_S)
+            if packed is not None and self.packing is not None:
+                y: Tensor = packed.grouped(x, self.packing.stack(stacks, name), end_S)
             elif self.packing is not None:
                 y = grouped_product(x, self.packing.weights(stacks, name, chosen_A).transpose(1, 2), end_S)
             else:

@@ -6,7 +6,8 @@
     pairs       brings rows to their experts' order, and adds up what the experts return
     stacks      the matrices of experts, as kernels read them
     packed      unpacks packed experts
-    few         experts of few rows, packed or not
+    few         experts of few rows
+    few_packed  packed experts of few rows
     grouped     packed experts of some rows each
     decode      attention of one query row per sequence over a paged cache
 

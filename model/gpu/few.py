@@ -2,10 +2,7 @@
 
 A grouped product works on tiles of many rows, and needs a few kernels more to prepare it. With few pairs the time is
 that of reading the experts, which these kernels do with all multiprocessors. Pairs that share an expert find it in the
-cache. Packed experts are read packed (packed.py): their weights are in registers alone.
-
-Sums are added in an order that the layout of a tile in registers has no part in. So packed experts give the bits that
-their unpacked weights give.
+cache.
 
 Legend: R rows, K experts per token, N = R * K pairs, H hidden, F expert width, S slots, X = logical experts + 1.
 """
@@ -17,9 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_moe.model.gpu.packed import joined, read, rounded, weights
 from elastic_moe.model.gpu.pairs import gather_sum
-from elastic_moe.model.gpu.stacks import Stack
 
 MOST_PAIRS = 64
 """Most pairs that are multiplied one by one."""
@@ -27,31 +22,25 @@ MOST_PAIRS = 64
 _OUTPUTS = 8
 """Outputs of a program."""
 _INPUTS = 512
-"""Inputs that a program takes at a time: a power of 2, and a multiple of every group."""
-_PACKED_OPTIONS = {"num_warps": 8, "maxnreg": 80}
-"""Of the kernel that keeps two tiles of packed weights in registers: as many programs as this lets a multiprocessor run
-ask for enough bytes at a time."""
-_LEVELS = tl.constexpr(_INPUTS.bit_length() - 1)
+"""Inputs that a program takes at a time."""
 
 
 def run_few(
-    gate_up_S2FH: Stack, down_SHF: Stack, slot_X: Tensor, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor
+    gate_up_S2FH: Tensor, down_SHF: Tensor, slot_X: Tensor, x_RH: Tensor, index_RK: Tensor, weight_RK: Tensor
 ) -> Tensor:
     """Run rows through experts with the gate silu(gate) * up, and add up by weight: [R, H].
 
     `slot_X` as in pairs.places; choices without a slot are left out. Sums are in float32, in the order of the choices.
     """
     pairs, choices = index_RK.numel(), index_RK.shape[1]
-    slots, hidden, width = len(down_SHF.codes), down_SHF.outputs, down_SHF.inputs
+    slots, hidden, width = down_SHF.shape
     gated_NF = torch.empty(pairs, width, dtype=x_RH.dtype, device=x_RH.device)
     y_NH = torch.empty(pairs, hidden, dtype=x_RH.dtype, device=x_RH.device)
     place_N = torch.empty(pairs, dtype=torch.int64, device=x_RH.device)
     index_RK = index_RK.contiguous()
     _gate_up[(pairs, triton.cdiv(width, _OUTPUTS))](
         x_RH.contiguous(),
-        gate_up_S2FH.codes,
-        gate_up_S2FH.scales,
-        gate_up_S2FH.more,
+        gate_up_S2FH,
         slot_X,
         index_RK,
         gated_NF,
@@ -62,18 +51,12 @@ def run_few(
         choices,
         hidden,
         width,
-        *gate_up_S2FH.lengths,
-        CODE=gate_up_S2FH.code,
-        GROUP=gate_up_S2FH.group,
         OUTPUTS=_OUTPUTS,
         INPUTS=_INPUTS,
-        **(_PACKED_OPTIONS if gate_up_S2FH.code != "plain" else {}),
     )
     _down[(pairs, triton.cdiv(hidden, _OUTPUTS))](
         gated_NF,
-        down_SHF.codes,
-        down_SHF.scales,
-        down_SHF.more,
+        down_SHF,
         slot_X,
         index_RK,
         y_NH,
@@ -81,9 +64,6 @@ def run_few(
         slots,
         hidden,
         width,
-        *down_SHF.lengths,
-        CODE=down_SHF.code,
-        GROUP=down_SHF.group,
         OUTPUTS=_OUTPUTS,
         INPUTS=_INPUTS,
     )
@@ -91,32 +71,24 @@ def run_few(
 
 
 @triton.jit
-def _summed(total):
-    """Add neighbours, then neighbouring sums, and so on: [O, I] -> [O]. A reduction would add in a layout's order."""
-    for _ in tl.static_range(_LEVELS):
-        even, odd = tl.split(tl.reshape(total, (total.shape[0], total.shape[1] // 2, 2)))
-        total = even + odd
-    return tl.reshape(total, (total.shape[0],))
-
-
-@triton.jit
-def _factors(code, scale, other, CODE: tl.constexpr, GROUP: tl.constexpr):
-    """The weights of a tile, as bfloat16 has them, in float32."""
-    if CODE == "plain":
-        factors = code.to(tl.float32)
-    else:
-        even, odd = weights(code, scale, other, CODE, GROUP)
-        even, odd = rounded(even, odd)
-        factors = joined(even, odd)
-    return factors
+def _dot(row, matrix, output, outputs, inputs, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr):
+    """Sums of products of a row with the rows `output` of a matrix, in float32."""
+    total = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
+    line = output.to(tl.int64)[:, None] * inputs
+    for begin in range(0, inputs, INPUTS):
+        column = begin + tl.arange(0, INPUTS)
+        inside = column < inputs
+        numbers = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
+        here = (output < outputs)[:, None] & inside[None, :]
+        factors = tl.load(matrix + line + column[None, :], mask=here, other=0.0).to(tl.float32)
+        total += factors * numbers[None, :]
+    return tl.sum(total, 1)
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def _gate_up(
     x,
-    codes,
-    scales,
-    more,
+    matrices,
     slot_X,
     index,
     out,
@@ -127,10 +99,6 @@ def _gate_up(
     choices,
     hidden,
     width,
-    code_length,
-    scale_length,
-    CODE: tl.constexpr,
-    GROUP: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
@@ -143,35 +111,20 @@ def _gate_up(
         tl.store(place + pair, tl.where(slot < slots, pair, pairs))
     if slot < slots:
         output = part * OUTPUTS + tl.arange(0, OUTPUTS)
-        inside = output < width
         row = x + pair // choices * hidden
-        first = slot * 2 * width + output
-        gates = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
-        ups = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
-        for begin in range(0, hidden, INPUTS):
-            column = begin + tl.arange(0, INPUTS)
-            numbers = tl.load(row + column, mask=column < hidden, other=0.0).to(tl.float32)[None, :]
-            # all that is read is asked for before any of it is used
-            gate, gate_scale, gate_more = read(
-                codes, scales, more, first, inside, begin, code_length, scale_length, CODE, GROUP, INPUTS
-            )
-            up, up_scale, up_more = read(
-                codes, scales, more, first + width, inside, begin, code_length, scale_length, CODE, GROUP, INPUTS
-            )
-            gates += _factors(gate, gate_scale, gate_more, CODE, GROUP) * numbers
-            ups += _factors(up, up_scale, up_more, CODE, GROUP) * numbers
-        gate_sum = _summed(gates).to(tl.bfloat16).to(tl.float32)
-        up_sum = _summed(ups).to(tl.bfloat16).to(tl.float32)
-        activated = (gate_sum / (1.0 + tl.exp(-gate_sum))).to(tl.bfloat16).to(tl.float32)
-        tl.store(out + pair * width + output, (activated * up_sum).to(tl.bfloat16), mask=inside)
+        gates = matrices + slot * 2 * width * hidden
+        gate = _dot(row, gates, output, width, hidden, OUTPUTS, INPUTS)
+        up = _dot(row, gates + width.to(tl.int64) * hidden, output, width, hidden, OUTPUTS, INPUTS)
+        gate = gate.to(tl.bfloat16).to(tl.float32)
+        activated = (gate / (1.0 + tl.exp(-gate))).to(tl.bfloat16).to(tl.float32)
+        gated = (activated * up.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16)
+        tl.store(out + pair * width + output, gated, mask=output < width)
 
 
 @triton.jit
 def _down(
     gated,
-    codes,
-    scales,
-    more,
+    matrices,
     slot_X,
     index,
     out,
@@ -179,10 +132,6 @@ def _down(
     slots,
     hidden,
     width,
-    code_length,
-    scale_length,
-    CODE: tl.constexpr,
-    GROUP: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
@@ -191,24 +140,5 @@ def _down(
     slot = tl.load(slot_X + tl.where(expert < 0, entries - 1, expert))
     if slot < slots:
         output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-        inside = output < hidden
-        row, first = gated + pair * width, slot * hidden + output
-        total = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
-        for begin in range(0, width, INPUTS):
-            column = begin + tl.arange(0, INPUTS)
-            numbers = tl.load(row + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-            code, scale, other = read(
-                codes,
-                scales,
-                more,
-                first,
-                inside,
-                begin,
-                code_length,
-                scale_length,
-                CODE,
-                GROUP,
-                INPUTS,
-            )
-            total += _factors(code, scale, other, CODE, GROUP) * numbers
-        tl.store(out + pair * hidden + output, _summed(total).to(tl.bfloat16), mask=inside)
+        sums = _dot(gated + pair * width, matrices + slot * hidden * width, output, hidden, width, OUTPUTS, INPUTS)
+        tl.store(out + pair * hidden + output, sums.to(tl.bfloat16), mask=output < hidden)

@@ -74,17 +74,16 @@ def read(
     place = begin // PER_BYTE + tl.arange(0, INPUTS // PER_BYTE)
     here = inside_O[:, None] & (place < code_length)[None, :]
     code = tl.load(codes + row_O[:, None] * code_length + place[None, :], mask=here, other=0)
-    scale, other = code, code
-    if CODE != "plain":
-        group = begin // GROUP + tl.arange(0, INPUTS // GROUP)
-        here = inside_O[:, None] & (group < scale_length)[None, :]
-        scale = tl.load(scales + row_O[:, None] * scale_length + group[None, :], mask=here, other=0)
-        if CODE == "uint4":
-            zero_length = (scale_length + 1) // 2
-            other = tl.load(more + row_O[:, None] * zero_length + (group // 2)[None, :], mask=here, other=0)
-            other = (other.to(tl.int32) >> ((group & 1) * 4)[None, :]) & 15
-        if CODE == "nvfp4":
-            other = tl.load(more + row_O, mask=inside_O, other=0.0)[:, None]
+    group = begin // GROUP + tl.arange(0, INPUTS // GROUP)
+    here = inside_O[:, None] & (group < scale_length)[None, :]
+    scale = tl.load(scales + row_O[:, None] * scale_length + group[None, :], mask=here, other=0)
+    other = scale
+    if CODE == "uint4":
+        length = (scale_length + 1) // 2
+        zero = tl.load(more + row_O[:, None] * length + (group // 2)[None, :], mask=here, other=0)
+        other = (zero.to(tl.int32) >> ((group & 1) * 4)[None, :]) & 15
+    elif CODE == "nvfp4":
+        other = tl.load(more + row_O, mask=inside_O, other=0.0)[:, None]
     return code, scale, other
 
 

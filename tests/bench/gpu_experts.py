@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from elastic_moe.cluster.expert_forms import ExpertForm
 from elastic_moe.model.experts.interface import Tensors
+from elastic_moe.model.experts.packed_trial import matrices
 from elastic_moe.model.experts.stacked import StackedExperts
 from elastic_moe.model.experts.unpacking import Packing
 from tests.bench.gpu import free, measure_rates
@@ -47,27 +48,23 @@ class Module(nn.Module):
 def drawn(form: ExpertForm, sizes: dict[str, tuple[int, int]], device: torch.device) -> Tensors:
     """One expert with random codes, and matrices [N, K] of these names and sizes."""
     made: Tensors = {}
+    g = torch.Generator().manual_seed(0)
     for name, (outputs, inputs) in sizes.items():
         if form is ExpertForm.PLAIN:
-            made[name] = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) * inputs**-0.5
-            continue
-        whole = form in (ExpertForm.INT8, ExpertForm.FP8)
-        high, dtype = (120, torch.int8) if whole else (256, torch.uint8)
-        made[name] = torch.randint(high, (outputs, inputs if whole else inputs // 2), device=device, dtype=dtype)
-        scale = {ExpertForm.INT4_HALF: torch.float16}.get(form, torch.float32 if whole else torch.bfloat16)
-        groups = inputs // (128 if whole else 32)
-        made[f"{name}_scale"] = torch.full((outputs, groups), 2**-12, device=device, dtype=scale)
-        if form in (ExpertForm.INT4, ExpertForm.INT4_HALF):
-            made[f"{name}_zero"] = torch.randint(16, (outputs, groups), device=device, dtype=torch.uint8)
-    return made
+            made[name] = torch.randn(outputs, inputs, generator=g).bfloat16() * inputs**-0.5
+        else:
+            made |= {part: tensor[0] for part, tensor in matrices(name, form, 1, outputs, inputs, g).items()}
+    return {name: tensor.to(device) for name, tensor in made.items()}
 
 
 def layer_of(form: ExpertForm, device: torch.device) -> StackedExperts:
-    packing = None if form is ExpertForm.PLAIN else Packing(form, torch.bfloat16)
+    packing = None if form is ExpertForm.PLAIN else Packing(form, torch.bfloat16, torch.device("cuda", 0))
     layer = StackedExperts(Module(), kernels=True, packing=packing)
     layer.reserve(EXPERTS)
+    tensors = drawn(form, {"gate_up_proj": (2 * WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}, device)
     for expert in range(EXPERTS):
-        layer.put(expert, drawn(form, {"gate_up_proj": (2 * WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}, device))
+        # the same numbers in memory of their own
+        layer.put(expert, tensors, borrowed=True)
     layer.keep_only(set(range(EXPERTS)))
     return layer
 

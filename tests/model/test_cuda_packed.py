@@ -1,4 +1,4 @@
-"""On a CUDA GPU in bfloat16, experts that stay packed give the bits that their unpacked weights give."""
+"""On a CUDA GPU in bfloat16, experts that stay packed compute what their unpacked weights do."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ PACKED = [
     ("qwen3_moe", "int4-symmetric", ExpertForm.INT4),
     ("olmoe", "awq", ExpertForm.INT4_HALF),
     ("glm4_moe", "mxfp4", ExpertForm.MXFP4),
+    ("qwen3_moe", "mxfp8", ExpertForm.MXFP8),
+    ("qwen3_moe", "nvfp4", ExpertForm.NVFP4),
 ]
 
 
@@ -42,15 +44,15 @@ def experts_of(cluster: Lockstep) -> set[str]:
 
 
 @pytest.fixture
-def unpacked_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grouped products of packed experts add in an order of their own, which is left out."""
+def unpacked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that read packed weights add in an order of their own, which is left out."""
     pytest.importorskip("triton")
     monkeypatch.setattr("elastic_moe.model.gpu.grouped.MOST_ROWS", 0)
+    monkeypatch.setattr("elastic_moe.model.gpu.few.MOST_PAIRS", 0)
 
 
-@pytest.mark.usefixtures("unpacked_for_many_rows")
+@pytest.mark.usefixtures("unpacked_first")
 def test_packed_experts_give_the_tokens_of_unpacked_ones_across_replacements(packed: tuple[Path, str]) -> None:
-    """bfloat16. Few rows read packed weights, and the prompts' many rows have them unpacked."""
     path, label = packed
     g = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 300, (n,), generator=g).tolist() for n in (50, 9)]
@@ -73,7 +75,7 @@ def test_packed_experts_give_the_tokens_of_unpacked_ones_across_replacements(pac
 
 
 @hopper
-@pytest.mark.usefixtures("unpacked_for_many_rows")
+@pytest.mark.usefixtures("unpacked_first")
 def test_packed_experts_give_the_logits_of_unpacked_ones_in_graphs(packed: tuple[Path, str]) -> None:
     """The same bits, in steps of many rows and of few, and after experts have changed their slots."""
     for got, want in zip(*logits_of(*packed), strict=True):
@@ -81,7 +83,7 @@ def test_packed_experts_give_the_logits_of_unpacked_ones_in_graphs(packed: tuple
 
 
 @hopper
-def test_grouped_products_of_packed_experts_give_nearly_the_logits_of_unpacked_ones(packed: tuple[Path, str]) -> None:
+def test_kernels_that_read_packed_experts_give_nearly_the_logits_of_unpacked_ones(packed: tuple[Path, str]) -> None:
     for got, want in zip(*logits_of(*packed), strict=True):
         torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.15)
 
