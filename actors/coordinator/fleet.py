@@ -325,7 +325,7 @@ class RayFleet:
 
     @property
     def _forks(self) -> bool:
-        return may_fork(self._config, alone=self._alone)
+        return may_fork(self._config, alone=self._alone) and self.device() == "cpu"
 
     def start_worker(self, worker: WorkerId, node: str | None = None) -> Remote[WorkerActor]:
         worker_class = self._worker_class

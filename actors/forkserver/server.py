@@ -1,8 +1,8 @@
 """The fork servers: each imports what its workers need, and forks for each launcher that connects.
 
-A server has one thread, opens no device and starts nothing, so a fork of it is as good as a new process, also for a
-GPU. Ray's library starts its threads when it connects, not when it is imported. A server ends with its raylet, or when
-it has had no fork for IDLE_S seconds. If it is killed, its forks go on, and the next launcher starts another one.
+A server has one thread, opens no device and starts nothing, so a fork of it is as good as a new process. Ray's library
+starts its threads when it connects, not when it is imported. A server ends with its raylet, or when it has had no fork
+for IDLE_S seconds. If it is killed, its forks go on, and the next launcher starts another one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from elastic_moe.actors.forkserver.request import NAME, Stage, name_process, pee
 from elastic_moe.cluster.interpreter import no_collection
 from elastic_moe.cluster.lines import counted
 
-GPU_FILES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 IDLE_S = 60.0
 POLL_S = 5.0
 
@@ -77,20 +76,13 @@ def _import(stage: Stage) -> str:
             importlib.import_module(module)
     if stage.model:
         import_model()
-        if opened := opened_gpus():
-            return f"the imports have opened {opened[0]}"
+        import torch
+
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return "the imports have opened a GPU"
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         return f"the imports have started {counted(threads - 1, 'thread')}"
     return "the imports have drawn from Ray's random numbers" if draws_are_common() else ""
-
-
-def opened_gpus() -> list[str]:
-    """Files of GPU drivers that this process has open: a fork cannot use a driver that its parent has begun to use."""
-    found = []
-    for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    return [path for path in found if path.startswith(GPU_FILES)]
 
 
 class Server:

@@ -115,8 +115,9 @@ class ServerProcesses:
 
     @property
     def _forks(self) -> bool:
-        """Whether all workers of Ray are forked, those of Serve as well."""
-        return may_fork(self._config, alone=self.local)
+        """Whether all workers of Ray are forked, those of Serve as well. Nobody has tried it beside GPUs."""
+        on_cpus = self._config.device == "cpu" or (self._config.device == "auto" and not _gpu_drivers())
+        return may_fork(self._config, alone=self.local) and on_cpus
 
     @contextlib.contextmanager
     def _without_modules(self) -> Iterator[None]:
