@@ -4,7 +4,8 @@
     cpu            experts on CPU, in the native library or by PyTorch
     stacked        experts on GPUs, in slots of stacked tensors
     tiered_stacks  the same, where some come when a step needs them
-    unpacking      packed experts on GPUs, which are unpacked in each step
+    unpacking      packed experts on GPUs, and how they are unpacked
+    packed_trial   tries the kernels that read them
     rounding       rounds experts for GPUs, on the host
     store          all layers' experts of a worker, and the function by which the trunk calls them
 
