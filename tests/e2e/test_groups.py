@@ -19,6 +19,9 @@ from tests.e2e.streams import PROMPT, Stream
 TOKENS = 2000
 STREAMS = 4
 """They begin together, so half of them run in each group."""
+TRIES = 5
+COUNTED_S = 10.0
+"""By then a replica has told that a request went on."""
 INTERVAL = 20
 """Tokens of an event. With one event for each token, the threads that read here kept one another from Python's lock:
 first tokens that the server had sent within 0.04 s were read after 5 s, when the answers had ended there."""
@@ -70,7 +73,14 @@ def the_worker(server: Server) -> int:
 
 @pytest.mark.parametrize("victim", [an_engine, the_worker])
 def test_nothing_is_lost_with_a_group(pair: Server, reference: Reference, victim: Callable[[Server], int]) -> None:
-    # the replica must not take the last test's requests, which have just ended, for those of others
+    expected = reference.text(reference.greedy(PROMPT, TOKENS))
+    # on a busy machine the kill may come when the victim's streams have ended
+    assert any(went_on(pair, victim, expected) for _ in range(TRIES)), "no kill came in time"
+
+
+def went_on(pair: Server, victim: Callable[[Server], int], expected: str) -> bool:
+    """Kill the victim under streams, none of which may be lost. Returns whether some of them went on in another group."""
+    # the replica must not take the last streams, which have just ended, for those of others
     pair.wait("rest", lambda: running(pair) == [0, 0])
     time.sleep(2 * LOAD_S)
     process, begun = victim(pair), counts(pair, "vllm:prompt_tokens_total")
@@ -79,7 +89,6 @@ def test_nothing_is_lost_with_a_group(pair: Server, reference: Reference, victim
     for stream in streams:
         stream.wait_for_pieces(3)
     os.kill(process, signal.SIGKILL)
-    expected = reference.text(reference.greedy(PROMPT, TOKENS))
     for stream in streams:
         stream.join(120)
         assert stream.finish_reason == "length"
@@ -88,7 +97,12 @@ def test_nothing_is_lost_with_a_group(pair: Server, reference: Reference, victim
     new = [after - before for before, after in zip(begun, counts(pair, "vllm:prompt_tokens_total"), strict=True)]
     assert new == [len(PROMPT) * STREAMS / 2] * 2, "half of them began in each group"
     pair.wait("both groups", lambda: all(ready(pair)))
-    pair.wait("requests that went on", lambda: counts(pair, "emoe:requests_resumed_total") > [moved])
+    deadline = time.monotonic() + COUNTED_S
+    while counts(pair, "emoe:requests_resumed_total") == [moved]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_groups_are_scaled_and_counted_one_by_one(pair: Server) -> None:
