@@ -79,7 +79,7 @@ def test_nothing_is_lost_with_a_group(pair: Server, reference: Reference, victim
 
 
 def went_on(pair: Server, victim: Callable[[Server], int], expected: str) -> bool:
-    """Kill the victim under streams, none of which may be lost. Returns whether some of them went on in another group."""
+    """Kill the victim under streams, none of which may be lost. Returns whether some went on in another group."""
     # the replica must not take the last streams, which have just ended, for those of others
     pair.wait("rest", lambda: running(pair) == [0, 0])
     time.sleep(2 * LOAD_S)
