@@ -138,6 +138,37 @@ inline void multiply_chunk_f8_tiles(int64_t count, TileRows rows, int64_t depth,
 
 #endif
 
+// Multiplies R rows by `pairs` pairs of a group. The products times their columns' scales are added to `sums` [R][64] if `more` is
+// true, else they replace it. A product is added up as in gemm.h.
+template <int R>
+void multiply_scaled(const bf16* const* rows, int64_t first, int64_t pairs, const bf16* wide, const float* scales, float* sums,
+                     bool more) {
+    constexpr int C = kColumns<R>;
+    const int32_t* a[R];
+    for (int r = 0; r < R; ++r) a[r] = (const int32_t*)(rows[r] + first);
+    for (int64_t begin = 0; begin < kPanel; begin += C * kLanes) {
+        Register acc[R][C];
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) acc[r][c] = no_sum();
+        const bf16* b = wide + begin * 2;
+        for (int64_t k = 0; k < pairs; ++k, b += 2 * kPanel) {
+            Pairs column[C];
+            for (int c = 0; c < C; ++c) column[c] = load_pairs(b + c * 2 * kLanes);
+            for (int r = 0; r < R; ++r) {
+                const Pairs pair = all_pairs(a[r][k]);
+                for (int c = 0; c < C; ++c) acc[r][c] = dot(acc[r][c], pair, column[c]);
+            }
+        }
+        for (int c = 0; c < C; ++c) {
+            const Register scale = load_sum(scales + begin + c * kLanes);
+            for (int r = 0; r < R; ++r) {
+                float* to = sums + r * kPanel + begin + c * kLanes;
+                store_sum(to, more ? times_plus(acc[r][c], scale, load_sum(to)) : times(acc[r][c], scale));
+            }
+        }
+    }
+}
+
 // Does what multiply_chunk does, for a panel of 8-bit floats.
 inline void multiply_chunk_f8(int64_t count, const bf16* const* rows, int64_t depth, const int8_t* panel, float* sums,
                               bool fetch) {
@@ -148,24 +179,31 @@ inline void multiply_chunk_f8(int64_t count, const bf16* const* rows, int64_t de
     }
 #endif
     alignas(64) bf16 wide[kGroup * kPanel];
-    alignas(64) float products[kChunk * kPanel];
-    const bf16* at[kChunk];
+    alignas(64) float products[kFew * kPanel];
+    alignas(64) float scales[kPanel];
+    const int64_t blocks = (count + kRows - 1) / kRows;
     ScalesPanel weights{panel};
     for (int64_t first = 0; first < depth; first += kGroup) {
         const int64_t pairs = std::min(kGroup, depth - first) / 2;
-        if (!multiply_few(count, rows, first, pairs, weights, products, false, fetch)) {
-            widen(weights, pairs, wide, fetch);
-            for (int64_t r = 0; r < count; ++r) at[r] = rows[r] + first;
-            multiply_chunk(count, at, 2 * pairs, wide, products, false);
+        const bool few = multiply_few(count, rows, first, pairs, weights, products, false, fetch);
+        if (!few) widen(weights, pairs, wide, fetch);
+        for (int64_t c = 0; c < kPanel; c += kLanes)
+            store_sum(scales + c, times(load_sum(weights.last_scales() + c), all_lanes(kE4m3Scale)));
+        if (few) {
+            for (int64_t r = 0; r < count; ++r)
+                for (int64_t c = 0; c < kPanel; c += kLanes) {
+                    float* to = sums + r * kPanel + c;
+                    const Register product = load_sum(products + r * kPanel + c), scale = load_sum(scales + c);
+                    store_sum(to, first > 0 ? times_plus(product, scale, load_sum(to)) : times(product, scale));
+                }
+            continue;
         }
-        const float* scales = weights.last_scales();
-        for (int64_t c = 0; c < kPanel; c += kLanes) {
-            const Register scale = times(load_sum(scales + c), all_lanes(kE4m3Scale));
-            for (int64_t r = 0; r < count; ++r) {
-                float* to = sums + r * kPanel + c;
-                const Register product = load_sum(products + r * kPanel + c);
-                store_sum(to, first > 0 ? times_plus(product, scale, load_sum(to)) : times(product, scale));
-            }
+        for (int64_t block = 0, at = 0; block < blocks; ++block) {
+            const int64_t here = count / blocks + (block < count % blocks);
+            with_rows<kRows>(here, [&](auto number) {
+                multiply_scaled<decltype(number)::value>(rows + at, first, pairs, wide, scales, sums + at * kPanel, first > 0);
+            });
+            at += here;
         }
     }
 }

@@ -12,6 +12,7 @@
 namespace emoe {
 
 constexpr int kWidenedColumns = kPanel / kLanes; // registers of columns
+constexpr int kFew = 4; // rows whose sums leave room in registers. With AVX2 there is too little for one row already.
 
 // Brings the next steps of K to bfloat16: [pairs][64][2].
 template <class Panel> void widen(Panel& panel, int64_t pairs, bf16* wide, bool fetch) {
@@ -37,7 +38,6 @@ void multiply_widened(const bf16* const* rows, int64_t first, int64_t pairs, Pan
 template <class Panel>
 bool multiply_few(int64_t count, const bf16* const* rows, int64_t first, int64_t pairs, Panel& panel, float* sums, bool more,
                   bool fetch) {
-    constexpr int kFew = 4; // their sums leave room in registers. With AVX2 there is too little for one row already.
     if (!kWide || count > kFew) return false;
     if constexpr (kWide)
         with_rows<kFew>(count, [&](auto number) {
