@@ -304,7 +304,7 @@ class Coordinator:
         choice = self._departure.look(replaced=replaced, most_s=most_s, now=time.monotonic())
         if not choice.value:
             return False
-        logger.warning("this cluster ends: %s", choice.reason)
+        logger.info("this cluster ends: %s", choice.reason)
         await self.shutdown()
         await asyncio.to_thread(self._fleet.clear)
         self._fleet.leave()

@@ -16,6 +16,9 @@ from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import OperationKind, ScaleView, WorkerState
 from elastic_moe.cluster.placement import WorkerId
 
+MOST_SHOWN = 8
+"""Workers that a message names."""
+
 # --- Decisions ----------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +153,9 @@ class Scaling:
         """Raises ConflictError or PlacementError before anything is changed."""
         for worker in event.retire:
             if worker not in facts.records or facts.records[worker].state is not WorkerState.SERVING:
-                raise PlacementError(f"retire: {worker!r} is no serving worker")
+                serving = [name for name, record in facts.records.items() if record.state is WorkerState.SERVING]
+                shown = ", ".join(serving[:MOST_SHOWN]) + (", ..." if len(serving) > MOST_SHOWN else "")
+                raise PlacementError(f"retire: expected names of serving workers ({shown}), got {worker!r}")
         target = event.workers if event.workers is not None else self.target - len(set(event.retire))
         check_target(self._settings, self._model, target)
         check_memory(facts, target, event.retire)

@@ -51,9 +51,11 @@ bool multiply_few(int64_t count, const bf16* const* rows, int64_t first, int64_t
 // equal distances, and are filled up with zeros to a multiple of 32 of K.
 template <class Panel>
 void multiply_chunk_widened(int64_t count, const bf16* const* rows, int64_t depth, Panel panel, float* sums, bool fetch) {
-    constexpr int64_t kMost = 4; // groups at a time: the matrix unit would wait for sums that are read and written more often
+    // Groups at a time. The matrix unit would wait for sums that are read and written more often, and so do many rows, which read
+    // the weights out of L2 in any case.
+    constexpr int64_t kMost = 4;
     alignas(64) bf16 wide[kMost * kGroup * kPanel];
-    const int64_t together = (tiles_used ? kMost : 1) * kGroup;
+    const int64_t together = (tiles_used || (kWide && count > 3 * kRows) ? kMost : 1) * kGroup;
     for (int64_t first = 0; first < depth; first += together) {
         const int64_t steps = std::min(together, depth - first);
         if (!tiles_used && multiply_few(count, rows, first, steps / 2, panel, sums, first > 0, fetch)) continue;

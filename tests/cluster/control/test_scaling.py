@@ -39,11 +39,16 @@ def test_more_workers_than_experts_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "request_", [ScaleRequested(workers=0), ScaleRequested(workers=9), ScaleRequested(retire=(WorkerId("w7"),))]
+    ("request_", "message"),
+    [
+        (ScaleRequested(workers=0), "workers: expected"),
+        (ScaleRequested(workers=9), "workers: expected"),
+        (ScaleRequested(retire=(WorkerId("w0,w1"),)), r"retire: .* serving workers \(w0, w1\), got 'w0,w1'"),
+    ],
 )
-def test_scaling_to_an_impossible_size_is_refused(request_: ScaleRequested) -> None:
+def test_scaling_to_an_impossible_size_is_refused(request_: ScaleRequested, message: str) -> None:
     sim = serving(2)
-    with pytest.raises(PlacementError):
+    with pytest.raises(PlacementError, match=message):
         sim.feed(request_)
     assert not sim.log
 
