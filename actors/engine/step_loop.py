@@ -282,8 +282,9 @@ class StepLoop:
             await self._hear(ABORT_S - SILENT_S)
         oldest, *later = self._flights
         self._flights.clear()
-        running = {worker: self._scheduler.in_oldest_step(worker) for worker in oldest.workers}
+        running = self._scheduler.in_oldest_step()
         self._scheduler.rollback()
+        broken: WorkerError | None = None
         reasons: list[str] = []
         suspects: list[WorkerId] = []
         for worker in oldest.workers:
@@ -297,10 +298,15 @@ class StepLoop:
                 continue
             reasons.append(f"{worker}: {one_line(error)}")
             if isinstance(error, WorkerError):
-                # the model itself failed on these tokens; to run them again would fail again
-                self._fail(running[worker], error)
+                broken = broken or error
             else:
                 suspects.append(worker)
+        if broken is not None and len(running) == 1:
+            # the model itself failed on these tokens; to run them again would fail again
+            self._fail(running, broken)
+        elif broken is not None:
+            # any of them may have needed what has failed: an expert runs tokens of all workers
+            self._scheduler.run_apart(running)
         self._break(suspects, "; ".join(reasons) or "the workers lost one another")
 
     async def _hear(self, timeout_s: float) -> set[WorkerId]:

@@ -38,6 +38,12 @@ class Candidates:
                 if request.cache is not None and _decodes(request):
                     yield request
 
+    def only(self, request: RunningRequest) -> Candidates:
+        """This one alone, if it is among them."""
+        rows = self.rows[self.rows == request.row] if request.steady else self.rows[:0]
+        others = {worker: [one for one in requests if one is request] for worker, requests in self.others.items()}
+        return Candidates(rows=rows, others={worker: found for worker, found in others.items() if found})
+
     def any_decodes(self) -> bool:
         return len(self.rows) > 0 or any(True for _ in self.decoding_others())
 

@@ -73,6 +73,10 @@ class Flight:
             names = tuple(map(columns.names.__getitem__, rows.tolist()))
         return cls(step=step, parts=parts, rows=rows, marks=marks, names=names, bounds=bounds)
 
+    def requests(self) -> list[RequestId]:
+        work = (request.request_id for part in self.parts.values() for request, _ in part.work)
+        return [*self.names, *work]
+
     def decoding(self, cache: WorkerCache, last: Flight | None, grown: Grown | None, known: Column) -> Decoding:
         """What to tell a worker of its rows in this step. `last`: the step before, if the worker can go on from it.
         `grown` as in Decoding. `known`: the column of that name in Rows, where the rows have been run."""

@@ -26,11 +26,12 @@ again in the next step that is made, and nobody waits for it.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from elastic_moe.actors.caches.kv_blocks import blocks_for
 from elastic_moe.actors.caches.rows import Rows
+from elastic_moe.actors.caches.running_requests import RunningRequest
 from elastic_moe.actors.caches.worker_caches import WorkerCaches
 from elastic_moe.actors.scheduler.admission import Part, admit, in_the_way, shortest_served
 from elastic_moe.actors.scheduler.continuing import Candidates, Continuing
@@ -101,6 +102,8 @@ class Scheduler:
         """Steps in flight, oldest first."""
         self._last: Flight | None = None
         """The step from which workers can go on by rule, if there is one."""
+        self._apart: deque[RequestId] = deque()
+        """Requests that must each run a step alone before others run again."""
         self._epoch = self._steps = self._prefix_queries = self._prefix_hits = 0
         self.set_workers(workers, state_rooms or {}, window_rooms or {})
 
@@ -134,15 +137,24 @@ class Scheduler:
         Decoding requests come first, then prompts that have begun, then new requests, each group in its order. A step
         lasts as long as its longest part, so all workers run few prompt tokens while any request decodes.
         """
-        self._make_way()
+        candidates, alone = self._continuing.candidates(), self._first_apart()
+        if alone is not None:
+            candidates = candidates.only(alone)
+        else:
+            self._make_way()
+            candidates = self._continuing.candidates()
         budget = self._max_num_batched_tokens
-        candidates = self._continuing.candidates()
         prompts = min(budget, self._prompt_tokens_beside(candidates))
         parts = {worker: Part(cache, budget, prompts) for worker, cache in self._caches.by_worker.items()}
         rows, grown = self._continuing.run(candidates, parts)
-        admit(self._book.waiting, parts.values(), self._max_num_seqs, budget)
+        if alone is None:
+            admit(self._book.waiting, parts.values(), self._max_num_seqs, budget)
         if not len(rows) and not any(part.work for part in parts.values()):
-            return None
+            if alone is None or self._flights:
+                return None
+            # it cannot go on now, and must not hold the others up
+            self._apart.popleft()
+            return self.schedule(epoch, step)
         last = self._last if epoch == self._epoch else None
         flight = Flight.of(step, parts, rows, self._rows, self._caches.bounds(rows), self._last)
         self._last, self._epoch = flight, epoch
@@ -150,6 +162,15 @@ class Scheduler:
         self._prefix_queries += sum(part.prefix_queries for part in parts.values())
         self._prefix_hits += sum(part.prefix_hits for part in parts.values())
         return self._plans(flight, last, epoch, grown)
+
+    def _first_apart(self) -> RunningRequest | None:
+        while self._apart:
+            request = self._book.requests.get(self._apart[0])
+            if request is not None and request.cache is not None:
+                return request
+            # it has ended, or its worker is gone
+            self._apart.popleft()
+        return None
 
     def _prompt_tokens_beside(self, candidates: Candidates) -> int:
         """Most prompt tokens of a worker in a step in which these requests go on."""
@@ -212,6 +233,8 @@ class Scheduler:
         answers = Answers(flight, results)
         self._flights.popleft()
         self._steps += 1
+        if self._apart and self._apart[0] in flight.requests():
+            self._apart.popleft()
         if self._pace is not None and step_s is not None:
             self._pace.met(flight.decodes, flight.prompts, step_s)
         return self._landing.land(flight, answers)
@@ -227,11 +250,14 @@ class Scheduler:
             for request in cache.running.items:
                 cache.rollback(request)
 
-    def in_oldest_step(self, worker: WorkerId) -> list[RequestId]:
-        """The requests that `worker` runs in the oldest step in flight."""
-        flight = self._flights[0]
-        begin, end = flight.bounds[worker]
-        return [*flight.names[begin:end], *(request.request_id for request, _ in flight.parts[worker].work)]
+    def in_oldest_step(self) -> list[RequestId]:
+        """The requests of the oldest step in flight."""
+        return self._flights[0].requests()
+
+    def run_apart(self, request_ids: Sequence[RequestId]) -> None:
+        """Run each of these requests in a step of its own before any other step: one of them makes steps fail, and
+        nobody knows which. Call it after `rollback`."""
+        self._apart = deque(request_ids)
 
     # --- Membership ---------------------------------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ class Bytes8:
         return values.shape
 
     def unpack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        self._check(parts[VALUES])
         weight, scales = parts[VALUES].float(), self._scales(parts[SCALES])
         rows = weight.shape[-2]
         if self.block is not None:
@@ -104,8 +105,7 @@ class Bytes8:
     def codes(self, parts: Mapping[str, Tensor]) -> Codes:
         values = parts[VALUES]
         rows, columns = values.shape
-        if not self.integer and bool(values.isnan().any()):
-            raise BadPart(VALUES, "has a weight that is not a number")
+        self._check(values)
         inputs = None if self.block is None else self.block[1]
         fine = GROUP if divides(GROUP, inputs) else FINE
         scales = self._scales(parts[SCALES]) if fine == GROUP else exponents(SCALES, parts[SCALES])
@@ -114,6 +114,10 @@ class Bytes8:
         else:
             scales = scales.repeat_interleave(self.block[0], 0)[:rows]
         return Codes(values=values.view(torch.int8), scales=by_fine_groups(scales, inputs, columns, fine))
+
+    def _check(self, values: Tensor) -> None:
+        if not self.integer and bool(values.isnan().any()):
+            raise BadPart(VALUES, "has a weight that is not a number")
 
     def _scales(self, scales: Tensor) -> Tensor:
         """The scales as float32."""

@@ -52,7 +52,9 @@ class FakeDevice:
     def allocate(self, num_bytes: int) -> int:
         self._may("allocate")
         path = Path(f"/dev/shm/emoe-fake-{uuid.uuid4().hex[:16]}")
-        path.write_bytes(bytes(num_bytes))
+        path.touch()
+        # without pages until they are written
+        os.truncate(path, num_bytes)
         memory = _map(path)
         self.owned[_address(memory)] = memory, path
         return _address(memory)

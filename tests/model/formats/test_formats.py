@@ -119,6 +119,12 @@ def test_zero_points_may_be_unpacked_bytes() -> None:
 # --- What is not as it should be --------------------------------------------------------------------------------------
 
 
+def with_a_nan(codes: torch.Tensor) -> torch.Tensor:
+    raw = codes.clone().view(torch.uint8)
+    raw[5, 7] = 0x7F
+    return raw.view(codes.dtype)
+
+
 @pytest.mark.parametrize(
     ("name", "role", "change", "expected"),
     [
@@ -127,6 +133,8 @@ def test_zero_points_may_be_unpacked_bytes() -> None:
         ("fp8-blocks", SCALES, lambda t: t * torch.nan, "infinite or not a number"),
         ("fp8-ue8m0", SCALES, lambda t: torch.full_like(t.view(torch.uint8), 255), "not a number"),
         ("fp8-channel", SCALES, lambda t: t[:-1], "expected [64, 1]"),
+        ("fp8-tensor", VALUES, with_a_nan, "has a weight that is not a number"),
+        ("mxfp8", VALUES, with_a_nan, "has a weight that is not a number"),
         ("mxfp8", SCALES, lambda t: t[:, :-1], "blocks of 1 x 32"),
         ("int4-symmetric", SCALES, lambda t: t[:, :-1], "3 groups for each of 64 outputs"),
         ("int4-symmetric", SCALES, lambda t: t / 0, "infinite or not a number"),
