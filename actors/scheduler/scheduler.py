@@ -135,14 +135,15 @@ class Scheduler:
         """Every worker's plan of the next step, or None if there is nothing to run.
 
         Decoding requests come first, then prompts that have begun, then new requests, each group in its order. A step
-        lasts as long as its longest part, so all workers run few prompt tokens while any request decodes.
+        lasts as long as its longest part, so all workers run few prompt tokens while any request decodes. After
+        `run_apart` a step has one request.
         """
-        candidates, alone = self._continuing.candidates(), self._first_apart()
+        alone = self._first_apart()
+        if alone is None:
+            self._make_way()
+        candidates = self._continuing.candidates()
         if alone is not None:
             candidates = candidates.only(alone)
-        else:
-            self._make_way()
-            candidates = self._continuing.candidates()
         budget = self._max_num_batched_tokens
         prompts = min(budget, self._prompt_tokens_beside(candidates))
         parts = {worker: Part(cache, budget, prompts) for worker, cache in self._caches.by_worker.items()}
