@@ -47,7 +47,7 @@ class Migrator:
     on GPUs send bundles of experts, some bundles at a time, and do not rest: a copy takes little of what their steps
     need, and most of it is waiting.
 
-    A newer `copy` supersedes an older one, which stops before its next expert.
+    A newer `copy` supersedes an older one, which stops before its next bundle.
     """
 
     def __init__(

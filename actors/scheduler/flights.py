@@ -74,6 +74,7 @@ class Flight:
         return cls(step=step, parts=parts, rows=rows, marks=marks, names=names, bounds=bounds)
 
     def requests(self) -> list[RequestId]:
+        """Those that run in this step, each once."""
         work = (request.request_id for part in self.parts.values() for request, _ in part.work)
         return [*self.names, *work]
 

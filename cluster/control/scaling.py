@@ -16,7 +16,7 @@ from elastic_moe.cluster.messages.epochs import ModelInfo
 from elastic_moe.cluster.messages.views import OperationKind, ScaleView, WorkerState
 from elastic_moe.cluster.placement import WorkerId
 
-MOST_SHOWN = 8
+_MOST_SHOWN = 8
 """Workers that a message names."""
 
 # --- Decisions ----------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Scaling:
         for worker in event.retire:
             if worker not in facts.records or facts.records[worker].state is not WorkerState.SERVING:
                 serving = [name for name, record in facts.records.items() if record.state is WorkerState.SERVING]
-                shown = ", ".join(serving[:MOST_SHOWN]) + (", ..." if len(serving) > MOST_SHOWN else "")
+                shown = ", ".join(serving[:_MOST_SHOWN]) + (", ..." if len(serving) > _MOST_SHOWN else "")
                 raise PlacementError(f"retire: expected names of serving workers ({shown}), got {worker!r}")
         target = event.workers if event.workers is not None else self.target - len(set(event.retire))
         check_target(self._settings, self._model, target)

@@ -346,7 +346,7 @@ class Parcel:
     nbytes: int
     number: int
     word: int
-    """Where the receiver writes the number when it has taken the expert out."""
+    """Where the receiver writes the number when it has taken the bundle out, of which the expert is a part."""
     size: int
     """Bytes of the memory in all."""
 

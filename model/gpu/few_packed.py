@@ -1,7 +1,7 @@
 """Packed experts of few rows, as few.py has unpacked ones: their weights are in registers alone (packed.py).
 
-They have kernels of their own, since those of few.py are as fast as they were measured to be, and all that these read
-must be asked for before any of it is unpacked. Sums of the same products are added in another order.
+The kernels of few.py stay as they were measured. These ask for all that they read before they unpack any of it, and add
+the same products in another order.
 
 Legend: R rows, K experts per token, N = R * K pairs, H hidden, F expert width, S slots, X = logical experts + 1.
 """
@@ -41,9 +41,7 @@ def run_few(
     index_RK = index_RK.contiguous()
     _gate_up[(pairs, triton.cdiv(width, _OUTPUTS))](
         x_RH.contiguous(),
-        gate_up_S2FH.codes,
-        gate_up_S2FH.scales,
-        gate_up_S2FH.more,
+        *gate_up_S2FH.memory,
         slot_X,
         index_RK,
         gated_NF,
@@ -63,9 +61,7 @@ def run_few(
     )
     _down[(pairs, triton.cdiv(hidden, _OUTPUTS))](
         gated_NF,
-        down_SHF.codes,
-        down_SHF.scales,
-        down_SHF.more,
+        *down_SHF.memory,
         slot_X,
         index_RK,
         y_NH,

@@ -34,9 +34,7 @@ def grouped(x_NI: Tensor, stack: Stack, end_S: Tensor) -> Tensor:
     out = torch.empty(len(x_NI), stack.outputs, dtype=x_NI.dtype, device=x_NI.device)
     _multiply[(triton.cdiv(stack.outputs, _OUTPUTS), len(end_S))](
         x_NI.contiguous(),
-        stack.codes,
-        stack.scales,
-        stack.more,
+        *stack.memory,
         end_S,
         out,
         stack.outputs,

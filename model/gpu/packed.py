@@ -38,9 +38,7 @@ def unpack(stack: Stack, chosen_A: Tensor | None, dtype: torch.dtype) -> Tensor:
     grid = (count * triton.cdiv(stack.outputs, _ROWS), triton.cdiv(stack.inputs, _INPUTS))
     if out.numel():
         _unpack[grid](
-            stack.codes,
-            stack.scales,
-            stack.more,
+            *stack.memory,
             None if chosen_A is None else chosen_A.contiguous(),
             out,
             stack.outputs,

@@ -37,6 +37,11 @@ class Stack:
         return self.codes.shape[2] * (2 if self.code in ("uint4", "e2m1", "nvfp4") else 1)
 
     @property
+    def memory(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What kernels are given: codes, scales, and what there is more."""
+        return self.codes, self.scales, self.more
+
+    @property
     def lengths(self) -> tuple[int, int]:
         """Elements of a row of codes, and of scales."""
         return self.codes.shape[2], self.scales.shape[2]

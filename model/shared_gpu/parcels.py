@@ -44,7 +44,7 @@ class Outbox:
         self._place_bytes = 0
         self._number = 0
         self._lent: dict[int, tuple[int, float]] = {}
-        """By place: the number of the parcel that lies there, and when it was packed."""
+        """By place: the number of the parcel that lies there, and when the place was lent."""
         self._broken = False
 
     def lend(self, nbytes: int, now: float | None = None) -> tuple[Parcel, Tensor] | None:
